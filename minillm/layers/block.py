@@ -1,0 +1,65 @@
+"""The transformer block: sublayers that each read the residual stream and add to it."""
+
+from collections.abc import Callable
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from minillm.layers.attention import Attention, Rotation
+from minillm.layers.cache import KVCache
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention if given, then an MLP; each with its norm and a residual connection.
+
+    `norm_first=True` is x + f(norm(x)), as in GPT-2 and Llama; False is norm(x + f(x)), as in the original transformer
+    and BERT. Source: Vaswani et al. 2017 (arXiv:1706.03762), figure 1; Xiong et al. 2020 (arXiv:2002.04745).
+    `norm` makes one norm layer: `lambda: RMSNorm(hidden_size)`.
+    """
+
+    def __init__(
+        self,
+        self_attn: Attention,
+        mlp: nn.Module,
+        norm: Callable[[], nn.Module],
+        *,
+        cross_attn: Attention | None = None,
+        dropout: float = 0.0,
+        norm_first: bool = True,
+    ):
+        super().__init__()
+        self.attn_norm, self.self_attn = norm(), self_attn
+        if cross_attn is not None:
+            self.cross_attn_norm, self.cross_attn = norm(), cross_attn
+        else:
+            self.cross_attn = None
+        self.mlp_norm, self.mlp = norm(), mlp
+        self.dropout = nn.Dropout(dropout)
+        self.norm_first = norm_first
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        mask: Bool[Tensor, "#B #H #T S1"] | None = None,
+        causal: bool = False,
+        rotation: Rotation | None = None,
+        bias: Float[Tensor, "#B #H #T S1"] | None = None,
+        cache: KVCache | None = None,
+        memory: Float[Tensor, "B S2 D"] | None = None,
+        memory_mask: Bool[Tensor, "#B #H #T S2"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """`memory` is what cross-attention reads: the encoder's output; the rest is as in `Attention.forward`."""
+        x = self._add(
+            x,
+            self.attn_norm,
+            lambda h: self.self_attn(h, mask=mask, causal=causal, rotation=rotation, bias=bias, cache=cache),
+        )
+        if self.cross_attn is not None:
+            x = self._add(x, self.cross_attn_norm, lambda h: self.cross_attn(h, source=memory, mask=memory_mask))
+        return self._add(x, self.mlp_norm, self.mlp)
+
+    def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.norm_first:
+            return x + self.dropout(sublayer(norm(x)))
+        return norm(x + self.dropout(sublayer(x)))

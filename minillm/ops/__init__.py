@@ -1,0 +1,25 @@
+"""Floor 0: the numerical operations, each a readable definition with faster implementations behind the same name."""
+
+from minillm.ops.activations import ACTIVATIONS, swiglu
+from minillm.ops.attention import attention, attention_weights, causal_mask
+from minillm.ops.cross_entropy import linear_cross_entropy
+from minillm.ops.norm import layer_norm, rms_norm
+from minillm.ops.registry import OPS, Op, info, use_backend
+from minillm.ops.rope import rope, rotary_table
+
+__all__ = [
+    "ACTIVATIONS",
+    "OPS",
+    "Op",
+    "attention",
+    "attention_weights",
+    "causal_mask",
+    "info",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rotary_table",
+    "swiglu",
+    "use_backend",
+]

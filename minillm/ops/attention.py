@@ -1,0 +1,94 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
+
+Shapes: B batch, T query positions, S key positions, H query heads, G key/value heads (which divide H), K features.
+Masks are boolean, True where a query may see a key.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from minillm.ops.registry import Op
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> Bool[Tensor, "T S"]:
+    """True where query i may see key j. The queries are the newest positions: i sees all keys up to j = i + S - T."""
+    keep = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return keep.tril(diagonal=num_keys - num_queries)
+
+
+def attention_weights(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    *,
+    mask: Bool[Tensor, "#B #H #T S"] | None = None,
+    causal: bool = False,
+    bias: Float[Tensor, "#B #H #T S"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "B H T S"]:
+    """How much each query reads from each key: softmax over S of scale * q.k + bias; each row sums to 1.
+
+    `scale` is 1/sqrt(K) unless given. With G < H key heads, each serves H/G neighbouring query heads (GQA, Ainslie et
+    al. 2023, arXiv:2305.13245). A query that may see no key at all has weights 0.
+    Half-precision scores are computed in float32.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(dtype) @ k.to(dtype).mT * scale  # (B, H, T, S)
+    if bias is not None:
+        scores = scores + bias
+    keep = _combine(mask, causal, q.shape[2], k.shape[2], q.device)
+    if keep is None:
+        return scores.softmax(-1).to(q.dtype)
+    scores = scores.masked_fill(~keep, -math.inf)
+    empty = ~keep.any(-1, keepdim=True)  # softmax over nothing would be 0/0
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(q.dtype)
+
+
+@Op
+def attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S Kv"],
+    *,
+    mask: Bool[Tensor, "#B #H #T S"] | None = None,
+    causal: bool = False,
+    bias: Float[Tensor, "#B #H #T S"] | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B H T Kv"]:
+    """Each query's weighted mean of the values.
+
+    Semantics: `attention_weights(q, k, ...) @ v`, with `dropout` zeroing that share of the weights.
+    A query that may see no key at all reads 0.
+    """
+    weights = attention_weights(q, k, mask=mask, causal=causal, bias=bias, scale=scale)
+    weights = F.dropout(weights, dropout)
+    return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+
+@attention.implementation("torch")
+def _attention_torch(q, k, v, *, mask=None, causal=False, bias=None, scale=None, dropout=0.0):
+    """PyTorch's fused attention, which never stores the T x S weights."""
+    queries, keys = q.shape[2], k.shape[2]
+    causal = causal and queries > 1  # one query, the newest, sees every key
+    if causal and (mask is not None or bias is not None or queries != keys):
+        mask, causal = _combine(mask, causal, queries, keys, q.device), False  # is_causal means i sees j <= i
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=grouped
+    )
+
+
+def _combine(mask: Tensor | None, causal: bool, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    if not causal:
+        return mask
+    keep = causal_mask(queries, keys, device)
+    return keep if mask is None else mask & keep

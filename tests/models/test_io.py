@@ -1,0 +1,111 @@
+"""Model folders: whole, exact, and refused with one clear error when they are not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm.files import sha256_file
+from minillm.models import ModelConfig, build, load_model, save_model, weights_fingerprint
+
+
+@pytest.fixture
+def folder(tiny_decoder, tmp_path):
+    tiny_decoder.tokenizer_fingerprint = "abc"
+    save_model(tiny_decoder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder, change) -> None:
+    """Change the tensors and make the checksum fit again."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    edit(folder, weights_sha256=sha256_file(folder / "model.safetensors"))
+
+
+def edit(folder, **fields) -> None:
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | fields))
+
+
+def test_loaded_equals_saved(folder, tiny_decoder, tokens):
+    loaded = load_model(folder)
+    assert torch.equal(loaded(tokens), tiny_decoder(tokens))
+    assert weights_fingerprint(loaded) == weights_fingerprint(tiny_decoder)
+    assert loaded.config == tiny_decoder.config and loaded.tokenizer_fingerprint == "abc" and not loaded.training
+    assert loaded.lm_head.weight is loaded.embed_tokens.weight
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+
+
+def test_a_tied_matrix_is_stored_once(folder, tiny_decoder):
+    stored = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in tiny_decoder.parameters())
+
+
+def test_untied_and_other_dtype(tmp_path, tokens):
+    config = ModelConfig(vocab_size=61, hidden_size=24, num_layers=1, num_heads=4, tie_embeddings=False)
+    model = build(config).to(torch.bfloat16).eval()
+    save_model(model, tmp_path / "m")
+    assert torch.equal(load_model(tmp_path / "m")(tokens), model(tokens))
+    assert load_model(tmp_path / "m", dtype=torch.float64).lm_head.weight.dtype == torch.float64
+
+
+def test_the_fingerprint_sees_every_bit(tiny_decoder):
+    before = weights_fingerprint(tiny_decoder)
+    with torch.no_grad():
+        weight = tiny_decoder.layers[1].mlp.up_proj.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    assert weights_fingerprint(tiny_decoder) != before
+
+
+def test_misfits_are_listed_together(folder):
+    def change(tensors):
+        del tensors["norm.weight"]
+        tensors["extra"] = torch.zeros(2)
+        tensors["layers.0.self_attn.k_proj.weight"] = torch.zeros(3, 24)
+
+    rewrite(folder, change)
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    for part in (
+        "3 tensors do not fit",
+        "missing:    norm.weight (24,)",
+        "unexpected: extra (2,)",
+        "mis-shaped: layers.0.self_attn.k_proj.weight: the file has (3, 24), the model (12, 24)",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_flipped_bit_and_a_truncated_file_are_noticed(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-7] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: its checksum"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes(data[:-50])
+    edit(folder, weights_sha256=sha256_file(folder / "model.safetensors"))
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_model(folder)
+
+
+def test_other_format_unknown_field_and_missing_files(folder, tmp_path):
+    edit(folder, format=7)
+    with pytest.raises(ValueError, match="has format 7, this minillm reads format 1"):
+        load_model(folder)
+    edit(folder, format=1, model={"hiden_size": 24})
+    with pytest.raises(ValueError, match="no 'hiden_size'; did you mean hidden_size"):
+        load_model(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="has format 'list'"):
+        load_model(folder)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_missing_weights_file(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has a config.json but no model.safetensors"):
+        load_model(folder)
