@@ -95,7 +95,7 @@ class _LoRALinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = grad_a = grad_b = None
         thin = g.to(b.dtype if b is not None else ut.dtype) if need_x or need_a or need_b else None
         if need_x or need_a:
-            grad_ut = ctx.scale * (b.t() @ thin.t())  # (R, N)
+            grad_ut = (ctx.scale * b).t() @ thin.t()  # (R, N)
         if need_x:
             grad_x = g @ weight
             if grad_x.dtype == a.dtype:

@@ -79,16 +79,20 @@ def test_non_contiguous_input_and_gradient():
     torch.testing.assert_close(torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad))
 
 
-def test_frozen_weight_keeps_only_x_and_the_thin_product():
-    """What the backward holds besides the parameters: x itself (no copy) and u^T, R numbers for each row."""
+def test_keeps_for_the_backward_only_what_it_needs():
+    """Besides parameters x itself (no copy) and u^T, R numbers for each row; nothing where the adapter is frozen."""
     x, weight, bias, a, b = inputs(2, 4)
-    parameters = {t.data_ptr() for t in (weight, a, b)}
-    held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-        lora_linear(x, weight.detach(), bias.detach(), a, b, SCALE)
-    held = [t for t in held if t.data_ptr() not in parameters]
-    assert sorted(t.numel() for t in held) == [3 * 8, 5 * 8]
-    assert x.data_ptr() in {t.data_ptr() for t in held}
+    frozen = [t.detach() for t in (weight, bias)]
+
+    def held(a, b):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            lora_linear(x, *frozen, a, b, SCALE)
+        return [t for t in kept if t.data_ptr() not in {p.data_ptr() for p in (*frozen, a, b)}]
+
+    assert sorted(t.numel() for t in held(a, b)) == [3 * 8, 5 * 8]
+    assert x.data_ptr() in {t.data_ptr() for t in held(a, b)}
+    assert held(a.detach(), b.detach()) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,34 @@
+"""Putting a module in another one's place: how adapters enter a model that knows nothing of them."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from minillm.peft.names import original_modules
+
+
+def replace_modules(
+    model: nn.Module, match: Callable[[str, nn.Module], bool], make: Callable[[str, nn.Module], nn.Module]
+) -> list[str]:
+    """Put `make(name, module)` in the place of every module for which `match(name, module)`; the names replaced.
+
+    `name` is the original path (see `names`). A module that stands in several places is replaced in all of them by one
+    new module, in the training or eval mode of the old one. All new modules are made before the first is put in, so an
+    error leaves the model as it was. What is inside a replaced module is not looked at, and the model itself cannot be
+    replaced.
+
+    Example: `replace_modules(model, lambda name, m: isinstance(m, nn.GELU), lambda name, m: nn.ReLU())`
+    """
+    made: dict[int, nn.Module] = {}
+    names: dict[str, str] = {}  # path -> original path of what is replaced
+    modules: dict[str, nn.Module] = {}
+    for name, path, module in original_modules(model):
+        parents = (path[:i] for i, letter in enumerate(path) if letter == ".")
+        if path and not any(parent in names for parent in parents) and match(name, module):
+            if id(module) not in made:
+                made[id(module)] = make(name, module).train(module.training)
+            names[path], modules[path] = name, made[id(module)]
+    for path, module in modules.items():
+        parent, _, segment = path.rpartition(".")
+        setattr(model.get_submodule(parent), segment, module)
+    return list(dict.fromkeys(names.values()))
