@@ -13,6 +13,8 @@ from typing import Any
 
 def _sync_folder(folder: Path) -> None:
     """Ask the disk to remember the names in `folder`: without it a power cut may forget a rename."""
+    if os.name == "nt":  # Windows opens no folders, and journals their names itself
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,0 +1,204 @@
+"""The training loop. It knows a loss function and callbacks; of models only that they have parameters."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from minillm.training import checkpoint, state
+from minillm.training.callbacks import Callback
+from minillm.training.config import TrainConfig
+from minillm.training.distributed import is_main, pick_device, world
+from minillm.training.gradients import Gradients
+from minillm.training.losses import Loss
+from minillm.training.optimizer import make_optimizer
+from minillm.training.randomness import random_state, seed_everything, set_random_state
+from minillm.training.run_folder import Records, Timing, refuse_a_used_folder
+from minillm.training.schedule import lr_at
+from minillm.training.signals import Interrupted, catch_signals
+
+Batch = Mapping[str, Tensor]
+
+
+class Trainer:
+    """Minimise `loss_fn(model, batch)` over the batches of `loader`, writing what happens to `run_dir`.
+
+    loader: an endless iterator over dicts of tensors, with state_dict() and load_state_dict().
+    identity: plain values that must be the same when the run is resumed, such as the tokenizer's fingerprint.
+    The model is moved to `config.device`. `metrics.jsonl` gets what is reproducible, so that a resumed run's file is
+    byte for byte an uninterrupted one's; `timing.jsonl` gets the rest.
+
+    Example: `Trainer(model, causal_lm_loss, loader, TrainConfig(steps=500), "runs/mine", [ProgressBar()]).fit()`
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[nn.Module, Batch], Loss],
+        loader: Iterator[Batch],
+        config: TrainConfig,
+        run_dir: str | Path,
+        callbacks: Iterable[Callback] = (),
+        identity: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.run_dir, self.loader = config, Path(run_dir), loader
+        self.callbacks, self.identity = tuple(callbacks), json.loads(json.dumps(identity or {}))  # as it will be saved
+        self.device = pick_device(config.device)
+        self.model = model.to(self.device)
+        if config.gradient_checkpointing:
+            _switch_on_gradient_checkpointing(model)
+        self.optimizer = make_optimizer(model, config)
+        self.gradients = Gradients(model, loss_fn, self.device, config)
+        self.metrics, self.timing = Records(self.run_dir / "metrics.jsonl"), Timing(self.run_dir / "timing.jsonl")
+        self.step, self.tokens = 0, 0  # optimizer steps done; tokens (whatever Loss.weight counts) in them
+        self.record: dict[str, Any] = {}  # of the last step
+        self.stopped = ""  # why a callback ended the run
+        self.saved_step: int | None = None
+        self._resumed = False
+
+    def fit(self) -> dict[str, Any]:
+        """Train to `config.steps` or until a callback stops, save, return the last step's record ({}: none was left).
+
+        SIGINT and SIGTERM finish the step, save and raise Interrupted. A loss or gradient that is not finite raises
+        ValueError, with the state before that step saved.
+        """
+        if self.step == 0 and not self._resumed:
+            refuse_a_used_folder(self.run_dir, ("metrics.jsonl", "checkpoints"))
+        if self.saved_step is None:
+            seed_everything(self.config.seed + world().rank)  # each process drops out other units
+        training = self.model.training
+        self.model.train()
+        self._call("on_start")
+        try:
+            with catch_signals() as caught:
+                while self.step < self.config.steps and not self.stopped:
+                    last = self._train_step(stop=bool(caught.signum))
+                    self._after_step()
+                    if last:
+                        self._interrupt(caught.signum or signal.SIGTERM)
+                self.save()
+                if caught.signum:  # it came too late for a step to notice
+                    self._interrupt(caught.signum)
+        finally:
+            self._call("on_end")
+            self.model.train(training)
+        return self.record
+
+    def resume(self, step: int | None = None) -> int:
+        """Go back to the newest checkpoint, or that of `step`, and return its step; 0 if there is none yet.
+
+        What the run wrote after it, checkpoints and records, is deleted: `fit` will write it again. Raises ValueError
+        if the checkpoint is damaged (naming the one before it), or lists all in which the run has changed.
+        """
+        if (saved := checkpoint.load_checkpoint(self.run_dir, step)) is not None:
+            state.put_back(self, saved)
+            self.saved_step = self.step
+        if is_main():
+            # Checkpoints first: should this stop half-way, the newest checkpoint still has all its records.
+            later = [other for other in checkpoint.list_checkpoints(self.run_dir) if other > self.step]
+            checkpoint.delete_checkpoints(self.run_dir, later)
+            for records in (self.metrics, self.timing):
+                records.cut(-1 if saved is None else self.step)
+        self._resumed = True
+        return self.step
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment, unless it is there already."""
+        if self.saved_step != self.step:
+            moment = state.take(self)
+            if is_main():
+                checkpoint.save_checkpoint(self.run_dir, moment, self.config.keep_checkpoints)
+            self.saved_step = self.step
+
+    def report(self, name: str, values: Mapping[str, float]) -> None:
+        """Record an evaluation and tell the callbacks."""
+        if is_main():
+            self.metrics.write({"step": self.step, name: dict(values)})
+        self._call("on_eval", name, values)
+
+    def stop(self, reason: str) -> None:
+        """End the run when this step is over."""
+        self.stopped = reason
+
+    def due(self, every: int) -> bool:
+        """Whether what happens `every` so many steps, and after the last one, happens now."""
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _train_step(self, stop: bool) -> bool:
+        """One optimizer step. Returns whether a signal, in this process or another, wants it to be the last."""
+        start, before = time.perf_counter(), (random_state(self.device), self.loader.state_dict())
+        lr = lr_at(self.step + 1, self.config)
+        self.optimizer.zero_grad()
+        found = self.gradients.compute(islice(self.loader, self.config.accumulate), stop)
+        if not self.optimizer.state:
+            _check_all_reached(self.model)
+        if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
+            self._give_up(found.loss, found.norm, lr, *before)
+        self.gradients.scale_and_clip(found)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.step, self.tokens = self.step + 1, self.tokens + found.weight
+        self.record = {"step": self.step, "loss": found.loss, "lr": lr, "grad_norm": found.norm, "tokens": self.tokens}
+        self.record |= found.metrics
+        self.timing.add(time.perf_counter() - start, found.weight)
+        return found.stop
+
+    def _after_step(self) -> None:
+        if self.due(self.config.log_every) and is_main():
+            self.metrics.write(self.record)
+            self.timing.write_since_last(self.step, self.device)
+        self._call("on_step", self.record)
+        if self.due(self.config.save_every):  # last, so that a checkpoint's records are all there before it is
+            self.save()
+
+    def _interrupt(self, signum: int) -> NoReturn:
+        self.save()
+        folder = checkpoint.path_of(self.run_dir, self.step)
+        message = f"{signal.Signals(signum).name}: stopped after step {self.step}, saved in {folder}; resume to go on"
+        if is_main():
+            print(f"\n{message}", file=sys.stderr)
+        raise Interrupted(signum, message)
+
+    def _give_up(self, loss: float, norm: float, lr: float, random: dict[str, Any], loader: dict[str, Any]) -> NoReturn:
+        """Save the state before this step (it has changed running statistics only) and say what happened."""
+        set_random_state(random, self.device)
+        self.loader.load_state_dict(loader)
+        self.save()
+        raise ValueError(
+            f"step {self.step + 1}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite "
+            f"(loss {loss}, gradient norm {norm}, learning rate {lr:.3g}). The weights are still those of step "
+            f"{self.step}, saved in {checkpoint.path_of(self.run_dir, self.step)}; resuming repeats this step. Likely "
+            "causes: a learning rate too high or a warm-up too short (look at grad_norm in metrics.jsonl), no clipping "
+            "(clip=0), a batch with broken values, a mask that hides every key of some query"
+        )
+
+    def _call(self, event: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
+
+
+def _check_all_reached(model: nn.Module) -> None:
+    """A parameter without a gradient is never trained, and DDP waits for it for ever."""
+    if missing := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]:
+        raise ValueError(
+            f"{len(missing)} trainable parameters get no gradient from the loss: {', '.join(missing[:10])}"
+            + (", ..." if len(missing) > 10 else "")
+            + "; freeze them with requires_grad_(False), or look where the loss function leaves them out"
+        )
+
+
+def _switch_on_gradient_checkpointing(model: nn.Module) -> None:
+    if not isinstance(getattr(model, "gradient_checkpointing", None), bool):
+        raise ValueError(
+            f"gradient_checkpointing=true, but {type(model).__name__} has no attribute of that name to switch on: "
+            "choose false, or let the model's forward read one"
+        )
+    model.gradient_checkpointing = True
