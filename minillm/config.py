@@ -36,6 +36,26 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
+def given(config: Any) -> dict[str, Any]:
+    """As `to_dict`, but None for what a config filled in by itself, so that it follows when the others change."""
+    data = to_dict(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            data[field.name] = given(value)
+        elif value is not None and field.default is None and _follows(config, field.name):
+            data[field.name] = None
+    return data
+
+
+def _follows(config: Any, name: str) -> bool:
+    """Whether the config, were this value not given, would come to the same one."""
+    try:
+        return dataclasses.replace(config, **{name: None}) == config
+    except ValueError:  # it cannot do without
+        return False
+
+
 def from_dict(cls: type[Config], data: Any, where: str = "") -> Config:
     """Build `cls` from what `to_dict` gave; `where` is put before each line of an error, e.g. "config.json: ".
 
@@ -52,9 +72,10 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     """A copy of `config` with `section.key=value` texts applied, each value read as its field's type says.
 
     Example: `override(PretrainConfig(), ["train.lr=1e-3", "model.tie_embeddings=true", "run=runs/mine"])`.
-    "none" is None, a tuple is written "a,b". Raises ValueError listing every assignment that cannot be applied.
+    "none" is None, a tuple is written "a,b". What the config filled in by itself (`given`) follows the new values.
+    Raises ValueError listing every assignment that cannot be applied.
     """
-    data, known, problems = to_dict(config), _paths(type(config)), []
+    data, known, problems = given(config), _paths(type(config)), []
     for assignment in assignments:
         key, equals, text = (part.strip() for part in assignment.partition("="))
         if not equals:

@@ -76,7 +76,7 @@ def test_the_check_itself_finds_a_violation(tmp_path):
     assert not violations(file, "minillm.training.x")
 
 
-@pytest.mark.parametrize("name", ["minillm"])
+@pytest.mark.parametrize("name", ["minillm", "minillm.cli"])
 def test_importing_stays_light(name):
     code = f"import sys, {name}; print(*sorted(m for m in {HEAVY} if m in sys.modules), 'torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,76 @@
+"""The commands of `minillm`, as data: nothing is imported until one is called."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: what --help says, and the recipe behind it with its config (as "module:name", imported late)."""
+
+    summary: str
+    example: str
+    recipe: str
+    config: str = ""
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # besides key=value, as argparse wants it
+
+
+RESUME = {"--resume": {"action": "store_true", "help": "continue the run in run=FOLDER exactly where it was stopped"}}
+FOLDER = {"folder": {"help": "a run, model or adapter folder"}}
+COMMANDS = {
+    "demo": Command(
+        "text of this Python -> tokenizer -> language model -> three ways of tuning it -> report",
+        "minillm demo run=runs/demo",
+        "minillm.recipes.demo:demo",
+        "minillm.recipes.demo:DemoConfig",
+    ),
+    "tokenizer train": Command(
+        "learn a tokenizer from text",
+        "minillm tokenizer train data.train=my_folder/ tokenizer.vocab_size=2000 run=runs/tokenizer",
+        "minillm.recipes.tokenizer:train_tokenizer",
+        "minillm.recipes.tokenizer:TokenizerRunConfig",
+    ),
+    "tokenizer show": Command(
+        "the pieces and ids that a tokenizer makes of a text",
+        'minillm tokenizer show runs/tokenizer "Once upon a time"',
+        "minillm.recipes.tokenizer:show_tokens",
+        arguments={
+            "folder": {"help": "a tokenizer, run, model or adapter folder"},
+            "text": {"help": 'the text; "-" reads it from standard input'},
+        },
+    ),
+    "pretrain": Command(
+        "train a language model on text of your own; works under torchrun",
+        "minillm pretrain data.train=my_folder/ run=runs/base train.steps=2000\n"
+        "minillm pretrain run=runs/base --resume\n"
+        "torchrun --nproc_per_node=2 -m minillm pretrain data.train=my_folder/ run=runs/base",
+        "minillm.recipes.pretrain:pretrain",
+        "minillm.recipes.pretrain:PretrainConfig",
+        RESUME,
+    ),
+    "tune": Command(
+        "adapt a language model to other text: LoRA, all of it, or some modules; works under torchrun",
+        "minillm tune base=runs/base method=lora data.train=notes.jsonl run=runs/notes",
+        "minillm.recipes.tune:tune",
+        "minillm.recipes.tune:TuneConfig",
+        RESUME,
+    ),
+    "generate": Command(
+        "continue a prompt",
+        'minillm generate runs/notes "Once upon a time" temperature=0.8 top_p=0.95 --stream',
+        "minillm.recipes.generate:generate",
+        "minillm.recipes.generate:GenerateConfig",
+        {
+            **FOLDER,
+            "prompt": {"help": 'the text to continue; "-" reads it from standard input'},
+            "--stream": {"action": "store_true", "help": "show the text while it is made"},
+        },
+    ),
+    "info": Command(
+        "what runs here, or what a folder holds",
+        "minillm info runs/notes",
+        "minillm.recipes.info:info",
+        arguments={"folder": {"nargs": "?", "help": "a run, model, adapter or tokenizer folder; none: this machine"}},
+    ),
+}

@@ -1,0 +1,113 @@
+"""`minillm info`: what runs here, or what a folder holds."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from minillm import ops
+from minillm.config import from_dict
+from minillm.files import read_json
+from minillm.models import ModelConfig, build, count_parameters
+from minillm.recipes.common import format_table
+from minillm.recipes.locate import find_tokenizer, locate
+from minillm.tokenizers import load_tokenizer
+from minillm.training import Records, list_checkpoints
+from minillm.training.run_folder import environment
+
+
+def info(folder: str | None = None) -> str:
+    """A text about the folder, or about this machine when there is none."""
+    return describe_folder(folder) if folder else describe_machine()
+
+
+def describe_machine() -> str:
+    """Versions, threads, devices, and which implementation of each op runs, and why nothing faster does."""
+    facts = [(name, value if value or value == 0 else "none") for name, value in environment().items()]
+    rows = [
+        (
+            name,
+            runs["runs"],
+            "; ".join(f"{backend}: {why}" for backend, why in runs.items() if backend != "runs") or "-",
+        )
+        for name, runs in ops.info().items()
+    ]
+    return _section("here", facts) + "\n\n" + format_table(("op", "runs", "faster ones"), rows)
+
+
+def describe_folder(path: str) -> str:
+    """Config, sizes, tokenizer and last measurements of a run, model, adapter or tokenizer folder."""
+    folder = Path(path)
+    parts = [_run(folder)] if (folder / "environment.json").is_file() else []
+    if holds_weights(folder):
+        kind, found = locate(folder)
+        parts.append(_model(found) if kind == "model" else _adapter(found))
+    elif not parts and not (folder / "tokenizer.json").is_file():
+        locate(folder)  # says what is there instead
+    if any((place / "tokenizer.json").is_file() for place in (folder, folder / "tokenizer", folder / "model")):
+        tokenizer = load_tokenizer(find_tokenizer(folder))
+        facts = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+        parts.append(_section("tokenizer", facts.items()))
+    return "\n\n".join(parts)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether `locate` would find a model or an adapter there."""
+    places = (folder, folder / "model", folder / "adapter")
+    return any((p / name).is_file() for p in places for name in ("model.safetensors", "adapter_config.json"))
+
+
+def _run(folder: Path) -> str:
+    config = read_json(folder / "config.json")
+    recipe = config.get("recipe", "unknown")
+    facts: list[tuple[str, Any]] = [("recipe", recipe)]
+    records = Records(folder / "metrics.jsonl").read()
+    facts += _flat("last step", next((r for r in reversed(records) if "loss" in r), {}))
+    facts += _flat("last evaluation", next((r for r in reversed(records) if "eval" in r), {}))
+    checkpoints = list(list_checkpoints(folder))
+    facts += [("checkpoints", f"steps {', '.join(map(str, checkpoints))}")] if checkpoints else []
+    if (folder / "report.json").is_file():
+        report = read_json(folder / "report.json")
+        facts += [pair for key, value in report.items() if key != "parameters" for pair in _flat(key, value)]
+    else:
+        facts += [("finished", f"no: minillm {recipe} run={folder} --resume goes on")]
+    return _section(f"run {folder}", facts)
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [pair for key, inner in value.items() for pair in _flat(f"{name}: {key}", inner)]
+
+
+def _model(folder: Path) -> str:
+    described = read_json(folder / "config.json")
+    config = from_dict(ModelConfig, described["model"], where=f"{folder / 'config.json'}: ")
+    with torch.device("meta"):  # shapes are enough for counting
+        counts = count_parameters(build(config))
+    size = os.path.getsize(folder / "model.safetensors")
+    facts = [*described["model"].items(), ("weights", f"{size:,} bytes")]
+    parts = [(part, f"{count:,}", f"{100 * count / counts['total']:.1f} %") for part, count in counts.items()]
+    return _section(f"model {folder}", facts) + "\n\n" + format_table(("part", "parameters", "share"), parts)
+
+
+def _adapter(folder: Path) -> str:
+    described = read_json(folder / "adapter_config.json")
+    own = read_json(folder / "minillm.json") if (folder / "minillm.json").is_file() else {}
+    base = described.get("base_model_name_or_path")
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
+    facts = [("method", own.get("method", described.get("peft_type"))), *(own.get("config") or {}).items()]
+    facts += [("trained values", f"{sum(torch.Size(shape).numel() for shape in shapes):,}")]
+    facts += [("weights", f"{os.path.getsize(folder / 'adapter_model.safetensors'):,} bytes"), ("base", base)]
+    if not (base and (folder / base).is_dir()):
+        facts += [("base found", "no: give base=FOLDER to minillm generate")]
+    return _section(f"adapter {folder}", facts)
+
+
+def _section(title: str, facts: Any) -> str:
+    lines = [(str(name), f"{value:.5g}" if isinstance(value, float) else str(value)) for name, value in facts]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines)])

@@ -1,0 +1,110 @@
+"""Finding and loading what a folder holds: a run, a model, an adapter, a tokenizer."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from minillm.config import nearest
+from minillm.files import read_json
+from minillm.models import Decoder, load_model
+from minillm.peft import Report, load_adapter
+from minillm.tokenizers import Tokenizer, check_same, load_tokenizer
+
+
+class Located(NamedTuple):
+    """What a path leads to, and the folder that holds it."""
+
+    kind: Literal["model", "adapter"]
+    folder: Path
+
+
+class Loaded(NamedTuple):
+    """A model ready for use, its own tokenizer, and what was tuned, if it was."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    report: Report | None
+
+
+def locate(path: str | Path) -> Located:
+    """The model or adapter of a run folder, model folder or adapter folder; ValueError says what is there instead."""
+    path = Path(path)
+    for folder in (path, path / "model", path / "adapter"):
+        if (folder / "model.safetensors").is_file():
+            return Located("model", folder)
+        if (folder / "adapter_config.json").is_file():
+            return Located("adapter", folder)
+    raise ValueError(_what_is_there(path))
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.is_dir():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        guess = f"; did you mean {nearest(path.name, sorted(siblings)[:50])}?" if siblings else ""
+        return f"{path} does not exist (working folder: {Path.cwd()}){guess}"
+    if (path / "config.json").is_file() and (path / "environment.json").is_file():
+        recipe = read_json(path / "config.json").get("recipe", "pretrain")
+        if recipe == "tokenizer":
+            return f"{path} holds a tokenizer and no model: use it in training with tokenizer.folder={path}"
+        return f"{path} is a run that has not finished: minillm {recipe} run={path} --resume trains it to its end"
+    return f"{path} is no run, model or adapter; it holds {sorted(entry.name for entry in path.iterdir())[:20]}"
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """The folder of the tokenizer that belongs to a run, model, adapter or tokenizer folder."""
+    path = Path(path)
+    for folder in (path, path / "tokenizer", path / "model"):
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    if not path.is_dir():
+        raise ValueError(_what_is_there(path))
+    if any((folder / "adapter_config.json").is_file() for folder in (path, path / "adapter")):
+        return find_base(locate(path).folder)
+    raise ValueError(f"{path} has no tokenizer; it holds {sorted(entry.name for entry in path.iterdir())[:20]}")
+
+
+def find_base(adapter: Path, base: str = "") -> Path:
+    """The model folder of an adapter's base: `base` if given, else where the adapter says, seen from its folder."""
+    recorded = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not (base or recorded):
+        raise ValueError(f"the adapter in {adapter} does not say what its base is: give base=FOLDER")
+    place = Path(base) if base else Path(os.path.normpath(adapter / recorded))
+    try:
+        found = locate(place)
+    except ValueError as error:
+        advice = "" if base else "\nIf it was moved, say where it is now: base=FOLDER"
+        raise ValueError(f"the base of the adapter in {adapter} is not to be found: {error}{advice}") from None
+    if found.kind != "model":
+        raise ValueError(f"the base of the adapter in {adapter} must be a model, but {place} is an adapter itself")
+    return found.folder
+
+
+def load(path: str | Path, *, base: str = "", device: torch.device | str = "cpu") -> Loaded:
+    """The model in eval mode, with its adapter if `path` leads to one (not merged), and the model's own tokenizer."""
+    kind, folder = locate(path)
+    if kind == "model":
+        if base:
+            raise ValueError(f"base={base}: {path} is a whole model and needs no base; leave it out")
+        return load_base(folder, device)
+    model, tokenizer, _ = load_base(find_base(folder, base), device)
+    report = load_adapter(model, folder)
+    note_untied_head(model)
+    return Loaded(model.eval(), tokenizer, report)
+
+
+def load_base(folder: Path, device: torch.device | str = "cpu") -> Loaded:
+    """The model of a model folder and the tokenizer beside it, which must be the one the model was trained with."""
+    model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
+    if model.tokenizer_fingerprint is not None:
+        check_same(model.tokenizer_fingerprint, tokenizer, str(folder))
+    return Loaded(model, tokenizer, None)
+
+
+def note_untied_head(model: Decoder) -> None:
+    """Let the config say so when partial tuning has given the head a matrix of its own."""
+    plain = type(model.lm_head) is torch.nn.Linear  # the weight of a wrapped head is computed anew each time
+    if plain and model.config.tie_embeddings and model.lm_head.weight is not model.embed_tokens.weight:
+        model.config = dataclasses.replace(model.config, tie_embeddings=False)

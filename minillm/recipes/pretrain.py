@@ -1,0 +1,122 @@
+"""`minillm pretrain`: from text to a language model."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from minillm.config import to_dict
+from minillm.data import TokenFile
+from minillm.files import atomic_folder, write_json
+from minillm.models import ModelConfig, build, count_parameters, save_model
+from minillm.recipes.common import (
+    DataConfig,
+    draw_losses,
+    find_run,
+    format_table,
+    read_corpus,
+    report_timing,
+    say,
+    train,
+    write_data,
+)
+from minillm.recipes.rows import Rows
+from minillm.recipes.tokenizer import TokenizerConfig, make_tokenizer
+from minillm.tokenizers import Tokenizer, load_tokenizer
+from minillm.training import EarlyStopping, ProgressBar, TrainConfig, Trainer, causal_lm_loss, is_main, process_group
+from minillm.training.distributed import from_main
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """`minillm pretrain`. model.vocab_size is set from the tokenizer; leave it out.
+
+    The defaults (about 2 million parameters, 1000 steps of 4096 tokens) take some minutes on two CPU cores.
+    """
+
+    run: str = ""  # the folder to write; when empty, runs/pretrain-<date>-<time>
+    seed: int = 0  # of the initial weights
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        wrong = [] if self.seed >= 0 else [f"seed={self.seed}: at least 0"]
+        if self.data.length > self.model.max_positions:
+            wrong.append(
+                f"data.length={self.data.length} is more than model.max_positions={self.model.max_positions}: "
+                "shorten the rows or raise the positions"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+
+def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
+    """Train a tokenizer (unless given) and a decoder on `config.data.train`; returns the run folder.
+
+    The folder holds tokenizer/, data/ (token files), checkpoints/, model/ (with its tokenizer), report.json and
+    plots/. With `resume` an interrupted run goes on exactly, in whatever moment it was killed. The same call works
+    under torchrun. ValueError for whatever cannot work, before training begins and without marking the folder as used.
+    """
+    with process_group(config.train.device):
+        run = find_run(config, "pretrain", resume)
+        if not resume:
+            from_main(lambda: _prepare(run, config))
+        tokenizer = load_tokenizer(run / "tokenizer")
+        config = _with_vocabulary(dataclasses.replace(config, run=str(run)), tokenizer)
+        held_out = Rows(TokenFile.open(run / "data" / "held_out"), config.data)
+        trainer = _trainer(config, run, tokenizer, held_out)
+        train(trainer, config, "pretrain", resume)
+        if is_main():
+            _finish(trainer, tokenizer, held_out)
+    return run
+
+
+def _prepare(run: Path, config: PretrainConfig) -> None:
+    training, held_out = read_corpus(config.data)
+    tokenizer = make_tokenizer(config.tokenizer, training)
+    with atomic_folder(run / "tokenizer") as folder:
+        tokenizer.save(folder)
+    write_data(run, training, held_out, tokenizer)
+
+
+def _with_vocabulary(config: PretrainConfig, tokenizer: Tokenizer) -> PretrainConfig:
+    """The config with the tokenizer's vocabulary; another one that was asked for is refused."""
+    asked, size = config.model.vocab_size, tokenizer.vocab_size
+    if asked not in (size, ModelConfig().vocab_size):
+        raise ValueError(
+            f"model.vocab_size={asked}, but the tokenizer has {size} ids: leave model.vocab_size out, it is set from "
+            "the tokenizer (tokenizer.vocab_size)"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _trainer(config: PretrainConfig, run: Path, tokenizer: Tokenizer, held_out: Rows) -> Trainer:
+    torch.manual_seed(config.seed)
+    model = build(config.model)
+    model.tokenizer_fingerprint = tokenizer.fingerprint
+    rows = Rows(TokenFile.open(run / "data" / "train"), config.data)
+    parameters, size = count_parameters(model)["total"], config.data.batch_size * config.data.length
+    tokens = config.train.steps * config.train.accumulate * size
+    say(f"{tokenizer}; model.vocab_size is set to {tokenizer.vocab_size}")
+    say(f"{parameters:,} parameters; training sees {tokens:,} tokens, {tokens / len(rows.file):.1f} times the text")
+    callbacks = [ProgressBar("pretraining"), held_out.evaluation(), EarlyStopping()]
+    identity = {"tokenizer": tokenizer.fingerprint, "model": to_dict(config.model), "seed": config.seed}
+    return Trainer(model, causal_lm_loss, rows.loader(), config.train, run, callbacks, identity)
+
+
+def _finish(trainer: Trainer, tokenizer: Tokenizer, held_out: Rows) -> None:
+    """Write model/, plots/ and report.json from the trained model: the same again if it is done twice."""
+    run, model = trainer.run_dir, trainer.model
+    with atomic_folder(run / "model") as folder:
+        save_model(model, folder)
+        tokenizer.save(folder)
+    values = held_out.measure(model)
+    draw_losses(run, "Pretraining")
+    report = {"held_out": values, **report_timing(trainer), "parameters": count_parameters(model)}
+    write_json(run / "report.json", report)
+    names = ("loss", "perplexity", "bits_per_byte", "tokens")
+    say(format_table([f"held-out {name.replace('_', ' ')}" for name in names], [[values[name] for name in names]]))
+    say(f"Saved in {run}. Try it: minillm generate {run} PROMPT --stream")

@@ -1,0 +1,49 @@
+"""A token file as rows of a batch: packed, documents end to end, or padded, one document each."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from torch import Tensor, nn
+
+from minillm.data import PackedLoader, PaddedLoader, TokenFile, sequential_batches
+from minillm.data.loader import Loader
+from minillm.evaluation import language_model_loss
+from minillm.recipes.common import DataConfig
+from minillm.training import Evaluate, world
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a text is cut, for training (`loader`) and for measuring (`batches`, `measure`) alike."""
+
+    file: TokenFile
+    data: DataConfig
+    padded: bool = False
+
+    def loader(self) -> Loader:
+        """Endless batches for this process, shuffled by the config's seed."""
+        common = (self.file, self.data.batch_size, self.data.length, self.data.seed, world().rank, world().size)
+        if self.padded:
+            return PaddedLoader(*common)
+        return PackedLoader(*common, isolate_documents=self.data.isolate_documents, random_offset=True)
+
+    def batches(self) -> Iterable[Mapping[str, Tensor]]:
+        """One pass over the text in order."""
+        size, length = self.data.batch_size, self.data.length
+        if not self.padded:
+            return sequential_batches(self.file, size, length, isolate_documents=self.data.isolate_documents)
+        loader = PaddedLoader(self.file, min(size, self.file.meta.num_documents), length, shuffle=False)
+        rows = loader.rows(0)
+        return (loader.batch(rows[i : i + size], slice(None)) for i in range(0, len(rows), size))
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Loss, perplexity and tokens over the whole text; bits per byte where no document loses its end."""
+        whole = not self.padded or int(np.max(self.file.ends - self.file.starts)) - 1 <= self.data.length
+        return language_model_loss(model, self.batches(), num_bytes=self.file.meta.counted_bytes if whole else None)
+
+    def evaluation(self) -> Evaluate:
+        """The callback that measures the first `eval_batches` batches during training."""
+        some = self.data.eval_batches or None
+        return Evaluate(lambda model: language_model_loss(model, islice(self.batches(), some)))

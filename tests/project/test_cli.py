@@ -1,0 +1,101 @@
+"""The command line itself: help, lazy imports, names that are nearly right."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minillm import __version__
+from minillm.cli import main
+from minillm.config import given, override
+from minillm.models import ModelConfig
+from minillm.recipes.commands import COMMANDS
+from minillm.recipes.pretrain import PretrainConfig
+
+
+def test_help_and_version_do_without_torch():
+    code = """
+import sys
+from minillm.cli import main
+assert main(["--help"]) == main(["--version"]) == main(["tokenizer", "--help"]) == 0
+assert main(["tokenizer", "tran"]) == 2
+print(sorted({"torch", "numpy", "sentencepiece", "matplotlib"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert f"minillm {__version__}\n" in done.stdout
+    for name, command in COMMANDS.items():
+        assert f"minillm {name}" in done.stdout and command.summary in done.stdout
+
+
+def test_python_m_minillm_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "minillm", "pretran"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == "minillm: error: minillm has no command 'pretran'; did you mean pretrain? See minillm --help\n"
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"minillm {name} " in out.partition("example:")[2]
+
+
+def test_help_lists_every_key_with_its_default_and_comment(capsys):
+    main(["pretrain", "--help"])
+    lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines() if "=" in line}
+    config = PretrainConfig()
+    for section in ("data", "tokenizer", "model", "train"):
+        for field in dataclasses.fields(getattr(config, section)):
+            assert f"{section}.{field.name}" in lines
+    assert lines["train.clip"].endswith("gradients are scaled down to this norm; 0: never")
+    assert lines["train.clip"].split()[0] == "train.clip=1.0"
+    assert lines["model.head_dim"].split() == ["model.head_dim=none"]  # follows from the others
+    assert " ".join(lines["tokenizer.kind"].split()) == "tokenizer.kind=bpe bpe | unigram | bytes | characters"
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["tokenizer", "tran"], "minillm tokenizer has no 'tran'; did you mean tokenizer train"),
+        (["fly"], "minillm has no command 'fly'; did you mean one of demo, tokenizer, pretrain"),
+        (["demo", "stepz=3"], "DemoConfig has no 'stepz'"),
+        (["demo", "nothing"], "nothing: expected section.key=value"),
+    ],
+)
+def test_unknown_names_are_answered_with_near_ones(words, match, capsys):
+    assert main(words) == 2
+    assert match in capsys.readouterr().err
+
+
+def test_options_are_not_guessed(capsys):
+    assert main(["pretrain", "--resum"]) == 2
+    assert "unrecognized arguments: --resum" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130_and_says_so(monkeypatch, capsys):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minillm.recipes.info.info", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "\nminillm: interrupted\n"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    script = f"set -o pipefail; {sys.executable} -m minillm --help | true"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # as usual: the text leaves when the command ends
+    done = subprocess.run(["bash", "-c", script], env=buffered, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")  # 128 + SIGPIPE, as cat and others end
+
+
+def test_what_a_config_filled_in_follows_an_override():
+    """head_dim = 16 / 2 and num_kv_heads = 2 by ModelConfig's own rules; what was given stays."""
+    assert override(ModelConfig(), ["hidden_size=16", "num_heads=2"]) == ModelConfig(hidden_size=16, num_heads=2)
+    asked = ModelConfig(hidden_size=16, num_heads=2, head_dim=4, num_kv_heads=1)
+    assert override(asked, ["num_heads=4"]) == ModelConfig(hidden_size=16, num_heads=4, head_dim=4, num_kv_heads=1)
+    assert given(asked)["intermediate_size"] is None
