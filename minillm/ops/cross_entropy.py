@@ -74,38 +74,52 @@ def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """d loss / d logits = softmax - onehot(target), so the gradients need no second look at the logits."""
+    """d loss / d logits = softmax - onehot(target), so the gradients need no second look at the logits.
+
+    The backward pass gives the gradients of the forward pass away, scaled in place. A second one through the same graph
+    has to make them again.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
-        dtype, wide = _dtypes(hidden, weight)
-        inputs, needed = (hidden, weight, bias), ctx.needs_input_grad[:3]
-        grads = [torch.zeros_like(x, dtype=wide) if n else None for x, n in zip(inputs, needed, strict=True)]
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-
-        loss = hidden.new_zeros((), dtype=wide)
-        rows = (targets != IGNORE).nonzero().squeeze(1)
-        buffer = hidden.new_empty((min(chunk, len(rows)), len(weight)), dtype=dtype)
-        with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen above
-            weight = weight.to(dtype)
-            for some in rows.split(chunk):
-                states, target = hidden[some].to(dtype), targets[some, None]
-                logits = torch.mm(states, weight.T, out=buffer[: len(some)]).to(wide)
-                if bias is not None:
-                    logits += bias
-                log_p = torch.log_softmax(logits, -1, out=logits)
-                loss -= log_p.gather(1, target).sum()
-                if any(needed):
-                    grad = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0))
-                    _add_gradients(grad, states, weight, some, *grads)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.chunk, ctx.dtypes = chunk, _dtypes(hidden, weight)
+        loss, ctx.grads = _walk(hidden, weight, bias, targets, chunk, ctx.dtypes, ctx.needs_input_grad)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in grads), None, None
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            _, grads = _walk(*ctx.saved_tensors, ctx.chunk, ctx.dtypes, ctx.needs_input_grad)
+        scaled = (None if grad is None else grad.mul_(grad_loss) for grad in grads)
+        return *scaled, None, None  # autograd casts each to the dtype of its input
+
+
+def _walk(hidden, weight, bias, targets, chunk, dtypes, needed) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss and its gradients for the three inputs, as far as they are needed."""
+    dtype, wide = dtypes
+    inputs = zip((hidden, weight, bias), needed, strict=False)
+    grads = [torch.zeros_like(x, dtype=wide) if need else None for x, need in inputs]
+    loss = hidden.new_zeros((), dtype=wide)
+    rows = (targets != IGNORE).nonzero().squeeze(1)
+    buffer = hidden.new_empty((min(chunk, len(rows)), len(weight)), dtype=dtype)
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen already
+        weight = weight.to(dtype)
+        for some in rows.split(chunk):
+            states, target = hidden[some].to(dtype), targets[some, None]
+            logits = torch.mm(states, weight.T, out=buffer[: len(some)]).to(wide)
+            if bias is not None:
+                logits += bias
+            largest, picked = logits.amax(-1, keepdim=True), logits.gather(1, target)
+            p = torch.softmax(logits, -1, out=logits)
+            normaliser = largest - p.amax(-1, keepdim=True).log()  # as max p = exp(largest) / sum of exp(logits)
+            loss += (normaliser - picked).sum()
+            if any(needed):
+                grad = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+                _add_gradients(grad, states, weight, some, *grads)
+    return loss, grads
 
 
 def _add_gradients(grad, states, weight, rows, grad_hidden, grad_weight, grad_bias) -> None:
