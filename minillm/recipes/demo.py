@@ -25,7 +25,7 @@ from minillm.files import atomic_folder, write_json
 from minillm.models import Decoder, ModelConfig, build, count_parameters, load_model, save_model
 from minillm.peft import FullConfig, LoraConfig, PartialConfig, load_adapter, merge, save_adapter, tune
 from minillm.peft.method import Method
-from minillm.recipes import demo_report
+from minillm.recipes import demo_plots, demo_report
 from minillm.recipes.corpora import python_documentation, standard_library_source
 from minillm.tokenizers import SentencePieceTokenizer, Tokenizer
 from minillm.training import ProgressBar, TrainConfig, Trainer, causal_lm_loss, create_run_folder
@@ -136,7 +136,7 @@ def demo(config: DemoConfig, say: Callable[[str], None] = print) -> Path:
         "merged_minus_unmerged": merged_difference,
         "samples": demo_report.samples(base, adapted, tokenizer, PROMPT, config.new_tokens, config.seed),
     }  # fmt: skip
-    demo_report.draw(run, base, adapted, tokenizer, SENTENCE, PROMPT, list(config.methods()), facts)
+    demo_plots.draw(run, base, adapted, tokenizer, SENTENCE, PROMPT, list(config.methods()), facts)
     facts["seconds"] = time.perf_counter() - started
     facts["peak_memory"] = max([peak_memory(torch.device("cpu")) or 0, *(method.peak_memory or 0 for method in tuned)])
     write_json(run / "report.json", facts)

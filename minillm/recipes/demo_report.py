@@ -1,4 +1,4 @@
-"""The demo's numbers as tables, pictures and samples. Every number comes from `report.json`."""
+"""The demo's numbers as tables and samples. Every number comes from `report.json`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from minillm.files import read_json
-from minillm.generation import generate_text, sampler, temperature, top_k, top_p
-from minillm.models import Decoder, attention_maps
-from minillm.recipes import plots
-from minillm.recipes.report import Block, Heading, Listing, Paragraph, Picture, Table, write_report
+from minillm.generation import generate_text, sampler
+from minillm.models import Decoder
+from minillm.recipes.demo_plots import picture
+from minillm.recipes.report import Block, Heading, Listing, Paragraph, Table, write_report
 from minillm.tokenizers import Tokenizer
-from minillm.training import Records
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -54,54 +53,6 @@ def samples(
             said[which] = generate_text(model, tokenizer, [prompt], max_new_tokens=new_tokens, sampler=draw)[0]
         found.append(said)
     return found
-
-
-def draw(
-    run: Path,
-    base: Decoder,
-    adapted: Decoder,
-    tokenizer: Tokenizer,
-    sentence: str,
-    prompt: str,
-    methods: Sequence[str],
-    facts: Mapping[str, Any],
-) -> None:
-    """All pictures, into `run/plots`."""
-    records = {"pretraining": Records(run / "pretrain" / "metrics.jsonl").read()}
-    records |= {name: Records(run / name.replace(" ", "-") / "metrics.jsonl").read() for name in methods}
-
-    def curves(key: str, names: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-        return {name: [(record["step"], record[key]) for record in records[name]] for name in names}
-
-    folder = run / "plots"
-    panels = {"Pretraining on documentation": curves("loss", ["pretraining"])}
-    plots.plot_losses(folder / "loss.png", panels | {"Tuning to source code": curves("loss", methods)})
-    plots.plot_learning_rate(folder / "learning_rate.png", curves("lr", list(records)))
-    table = facts["methods"]
-    panels = {
-        title: (facts["base"]["losses"][domain], [row["losses"][domain] for row in table])
-        for title, domain in (("Source code: the gain", "source"), ("Documentation: the forgetting", "documentation"))
-    }
-    plots.plot_trade_off(folder / "trade_off.png", [row["method"] for row in table], panels)
-    ids = torch.tensor([tokenizer.encode(sentence)])
-    last = attention_maps(base, ids)[-1][0]  # (H, T, T)
-    heads = {f"last layer, head {head + 1}": last[head].numpy() for head in range(min(2, len(last)))}
-    plots.plot_attention(folder / "attention.png", tokenizer.pieces(sentence), heads)
-    _draw_next_token(folder / "next_token.png", adapted, tokenizer, prompt)
-
-
-@torch.no_grad()
-def _draw_next_token(path: Path, model: Decoder, tokenizer: Tokenizer, prompt: str) -> None:
-    logits = model(torch.tensor([tokenizer.encode(prompt)]))[:, -1]
-    filters = {
-        "none": logits,
-        "temperature 0.5": temperature(logits, 0.5),
-        "top-k 5": top_k(logits, 5),
-        "top-p 0.5": top_p(logits, 0.5),
-    }
-    shown = logits[0].topk(min(15, logits.shape[-1])).indices
-    distributions = {name: kept.softmax(-1)[0, shown].tolist() for name, kept in filters.items()}
-    plots.plot_next_token(path, [tokenizer.id_to_piece(i) for i in shown.tolist()], distributions, prompt)
 
 
 def table(facts: Mapping[str, Any]) -> Table:
@@ -176,12 +127,7 @@ def blocks(facts: Mapping[str, Any], environment: Mapping[str, Any]) -> list[Blo
             "(Python and PyTorch included) in which the method ran alone; training adds: how far that lies above the "
             "same process with the model loaded. Artefact: the file that a method leaves behind."
         ),
-        Picture("plots/trade_off.png", _trade_off_alt(facts),
-                "What each method gains on the new domain, and forgets of the old."),
-        Picture("plots/loss.png", "Training loss falling with the steps, for pretraining and for each method.",
-                "Training loss: each step (faint) and its running mean."),
-        Picture("plots/learning_rate.png", "Learning rate rising in the warm-up and falling along a cosine.",
-                "The learning rate of each run."),
+        *(picture(name, facts) for name in ("trade_off", "loss", "learning_rate")),
         Heading("The text"),
         Paragraph(
             "It comes with every Python " + f"({environment['python']} here): " + "; ".join(
@@ -197,12 +143,9 @@ def blocks(facts: Mapping[str, Any], environment: Mapping[str, Any]) -> list[Blo
         Listing(f"{tokenizer['sentence']}\n{' | '.join(tokenizer['pieces'])}\n{' '.join(map(str, tokenizer['ids']))}"),
         Heading("The base model"),
         Table(("part", "parameters"), parts),
-        Picture("plots/attention.png",
-                "Heat maps of attention: each row is a token, each column a token it reads from.",
-                f"What two heads of the base's last layer read, token by token, in: {tokenizer['sentence']}"),
+        picture("attention", facts),
         Heading("How it speaks"),
-        Picture("plots/next_token.png", "Bars of the next token's probability, without and with each sampling filter.",
-                "The tuned model's next token, before and after each filter; a cross marks what the filter removed."),
+        picture("next_token", facts),
         *(block for sample in facts["samples"] for block in _sample(sample)),
         Heading("The adapter"),
         Paragraph(
@@ -215,12 +158,3 @@ def blocks(facts: Mapping[str, Any], environment: Mapping[str, Any]) -> list[Blo
 def _sample(sample: Mapping[str, str]) -> list[Block]:
     said = [Listing(f"[{which}] {sample['prompt']}{sample[which]}") for which in ("before", "after")]
     return [Paragraph(f"{sample['sampler']}, before and after LoRA:"), *said]
-
-
-def _trade_off_alt(facts: Mapping[str, Any]) -> str:
-    changes = [
-        f"{row['method']}: source {facts['base']['losses']['source']:.2f} to {row['losses']['source']:.2f}, "
-        f"documentation {facts['base']['losses']['documentation']:.2f} to {row['losses']['documentation']:.2f}"
-        for row in facts["methods"]
-    ]
-    return "Held-out loss before and after. " + "; ".join(changes) + "."
