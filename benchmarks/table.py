@@ -58,8 +58,8 @@ def demo() -> str:
         f"Recorded by `python benchmarks/demo.py` at commit {where['commit'][:12]} with Python {where['python']} and "
         f"torch {where['torch']}: {facts['seconds']:.0f} s on {where['cpus']} cores, at most "
         f"{facts['peak_memory'] / 1e6:.0f} MB in one process. Losses are nats per token on held-out documents; gap "
-        "closed is the share of full fine-tuning's gain on source code; training adds is what the peak memory of the "
-        "method's own process lies above that of the loaded model."
+        "closed is the share of full fine-tuning's gain on source code; memory is that of the method's process, and "
+        "how far that lies above the same process with the model loaded."
     )
     return "\n\n".join([to_markdown(table(facts)), lines, *pictures])
 

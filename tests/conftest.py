@@ -36,11 +36,69 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 61, (3, 11))
 
 
-def hf_name(name: str) -> str:
-    """The name in LlamaForCausalLM of one of our decoder's parameters."""
+@pytest.fixture
+def hf_name():
+    """`hf_name(name)` -> the name in LlamaForCausalLM of one of our decoder's parameters."""
+    return _hf_name
+
+
+@pytest.fixture
+def llama_twin():
+    """`llama_twin(model)` -> transformers' LlamaForCausalLM with the weights of our decoder, in eval mode."""
+    return _llama_twin
+
+
+@pytest.fixture
+def llama_twins():
+    """`llama_twins(dtype, **model_fields)` -> (our decoder, transformers' with the same weights), both in eval mode."""
+
+    def make(dtype: torch.dtype = torch.float32, **fields) -> tuple[Decoder, torch.nn.Module]:
+        fields = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "max_positions": 64} | fields
+        ours = build(ModelConfig(**fields))
+        with torch.no_grad():
+            for parameter in ours.parameters():  # norms away from 1, matrices large enough to make attention sharp
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
+        theirs = _llama_twin(ours).to(dtype)
+        if dtype == torch.float64:
+            _normalise_in_float64(theirs)
+        return ours.to(dtype).eval(), theirs
+
+    return make
+
+
+def _hf_name(name: str) -> str:
     for ours, theirs in HF_NAMES.items():
         name = name.replace(ours, theirs)
     return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def _llama_twin(model: Decoder) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = model.config
+    twin = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_positions,
+            rope_theta=config.rope_theta,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tie_embeddings,
+            attention_bias=config.attention_bias,
+            mlp_bias=config.mlp_bias,
+            attn_implementation="sdpa",
+            pad_token_id=None,  # transformers gives a pad token no gradient
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    twin.load_state_dict({_hf_name(name): tensor for name, tensor in model.state_dict().items()}, strict=True)
+    return twin.eval()
 
 
 def _normalise_in_float64(model: torch.nn.Module) -> None:
@@ -50,45 +108,3 @@ def _normalise_in_float64(model: torch.nn.Module) -> None:
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
             norm.weight = module.weight
             model.set_submodule(name, norm)
-
-
-@pytest.fixture
-def llama_twins():
-    """`llama_twins(dtype, **model_fields)` -> (our decoder, transformers' with the same weights), both in eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def make(dtype: torch.dtype = torch.float32, **fields) -> tuple[Decoder, LlamaForCausalLM]:
-        fields = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "max_positions": 64} | fields
-        config = ModelConfig(**fields)
-        ours = build(config)
-        with torch.no_grad():
-            for parameter in ours.parameters():  # norms away from 1, matrices large enough to make attention sharp
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
-        theirs = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                intermediate_size=config.intermediate_size,
-                max_position_embeddings=config.max_positions,
-                rope_theta=config.rope_theta,
-                rms_norm_eps=config.norm_eps,
-                tie_word_embeddings=config.tie_embeddings,
-                attention_bias=config.attention_bias,
-                mlp_bias=config.mlp_bias,
-                attn_implementation="sdpa",
-                pad_token_id=None,  # transformers gives a pad token no gradient
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
-        copied = theirs.load_state_dict({hf_name(k): v for k, v in ours.state_dict().items()}, strict=True)
-        assert not copied.missing_keys
-        if dtype == torch.float64:
-            _normalise_in_float64(theirs)
-        return ours.to(dtype).eval(), theirs.to(dtype).eval()
-
-    return make

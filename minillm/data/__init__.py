@@ -1,4 +1,4 @@
-"""Text in, batches of token ids out. Floor 2: imports tokenizers, config.py and files.py."""
+"""Text in, batches of token ids out. Floor 2."""
 
 from minillm.data.documents import Document, corpus_summary, split_documents
 from minillm.data.packing import PackedLoader, sequential_batches

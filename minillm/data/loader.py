@@ -9,8 +9,6 @@ from torch import Tensor
 
 from minillm.data.tokens import TokenFile
 
-IGNORE = -100  # the label of a position that does not count, as in torch's cross_entropy
-
 
 class Loader(ABC):
     """An endless iterator of batches over the rows (windows or examples) of a token file.

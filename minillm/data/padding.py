@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm.data.loader import IGNORE, Loader
+from minillm.data.loader import Loader
 from minillm.data.tokens import TokenFile
+from minillm.ops import IGNORE
 
 
 class PaddedLoader(Loader):

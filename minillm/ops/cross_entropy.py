@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from minillm.ops.registry import Op
 
-IGNORE = -100  # a target that does not count; the value PyTorch and the Hub use
+IGNORE = -100  # a target, or label, that does not count; the value PyTorch and the Hub use
 
 
 @Op

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minillm.ops.lora import lora, lora_linear
+from minillm.ops import lora, lora_linear
 from minillm.peft.names import Wrapper
 
 

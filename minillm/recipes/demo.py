@@ -33,7 +33,7 @@ from minillm.training.run_folder import peak_memory
 
 DOMAINS = {"documentation": "Python's documentation, in English", "source": "Python's library, in Python"}
 SENTENCE = "A generator returns an iterator object."
-PROMPT = "def read(self, "
+PROMPT = "def read(self,"  # no space after it: the next piece brings its own
 
 
 @dataclasses.dataclass(frozen=True)

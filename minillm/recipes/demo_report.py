@@ -21,8 +21,8 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "top-p 0.8": {"top_p": 0.8},
 }
 HEADER = (
-    *("method", "trainable", "share", "documentation: loss", "perplexity", "source: loss", "perplexity", "gap closed"),
-    *("seconds", "peak memory", "training adds", "artefact"),
+    *("method", "trainable (share)", "documentation: loss (perplexity)", "source: loss (perplexity)", "gap closed"),
+    *("seconds", "peak memory (added)", "artefact"),
 )
 
 
@@ -58,21 +58,17 @@ def samples(
 def table(facts: Mapping[str, Any]) -> Table:
     """One row for the base, one for each method."""
     base = facts["base"]
-    total = base["parameters"]["total"]
-    lines = [
-        ("base, not tuned", "0", "0 %", *_losses(base["losses"]), "0 %", "-", "-", "-", f"{total * 4 / 1e6:.2f} MB")
-    ]
+    size = f"{base['parameters']['total'] * 4 / 1e6:.2f} MB"  # float32
+    lines = [("base", "0 (0 %)", *_losses(base["losses"]), "0 %", "-", "-", size)]
     for row in facts["methods"]:
         lines.append(
             (
                 row["method"],
-                f"{row['trainable']:,}",
-                f"{100 * row['share']:.1f} %",
+                f"{row['trainable']:,} ({100 * row['share']:.1f} %)",
                 *_losses(row["losses"]),
                 f"{100 * row['gap_closed']:.0f} %",
                 f"{row['seconds']:.1f}",
-                f"{row['peak_memory'] / 1e6:.0f} MB",
-                f"{row['training_adds'] / 1e6:.0f} MB",
+                f"{(row['peak_memory'] or 0) / 1e6:.0f} MB ({row['training_adds'] / 1e6:.0f} MB)",
                 f"{row['artefact_bytes'] / 1e6:.2f} MB",
             )
         )
@@ -80,11 +76,7 @@ def table(facts: Mapping[str, Any]) -> Table:
 
 
 def _losses(losses: Mapping[str, float]) -> list[str]:
-    return [
-        text
-        for name in ("documentation", "source")
-        for text in (f"{losses[name]:.3f}", f"{math.exp(losses[name]):.1f}")
-    ]
+    return [f"{losses[name]:.3f} ({math.exp(losses[name]):.1f})" for name in ("documentation", "source")]
 
 
 def as_text(facts: Mapping[str, Any]) -> str:
@@ -124,8 +116,8 @@ def blocks(facts: Mapping[str, Any], environment: Mapping[str, Any]) -> list[Blo
         Paragraph(
             "Losses are nats per token on held-out documents, perplexity is e^loss; the first row is before tuning. "
             "Gap closed: the share of full fine-tuning's gain on source code. Peak memory is that of the whole process "
-            "(Python and PyTorch included) in which the method ran alone; training adds: how far that lies above the "
-            "same process with the model loaded. Artefact: the file that a method leaves behind."
+            "(Python and PyTorch included) in which the method ran alone; added: how far that lies above the same "
+            "process with the model loaded. Artefact: the file that a method leaves behind."
         ),
         *(picture(name, facts) for name in ("trade_off", "loss", "learning_rate")),
         Heading("The text"),

@@ -129,6 +129,7 @@ def plot_trade_off(
             axes.bar_label(bars, [f"{value:.3f}" for value in after], padding=3)
             axes.axvline(before, color="black", linestyle="--", linewidth=1.2, label=f"before: {before:.3f}")
             axes.set(title=title, xlabel="held-out loss (nats per token)")
+            axes.use_sticky_edges = False  # or the bars' common start would be the edge of the picture
             axes.margins(x=0.2)
             axes.set_yticks(range(len(methods)), methods if axes is figure[0] else [])
             axes.invert_yaxis()

@@ -121,6 +121,7 @@ table { border-collapse: collapse; font-size: .92rem; width: 100%; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 th { background: #f3f6f9; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
 pre { background: #f6f6f4; border-left: 4px solid #56B4E9; padding: .8rem 1rem; font-size: .85rem;
       white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { margin: 1.6rem 0; }

@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly: sentencepiece, bytes, characters. Floor 1: imports files.py only."""
+"""Text to token ids and back, exactly: sentencepiece, bytes, characters. Floor 1."""
 
 from minillm.tokenizers.base import Tokenizer, check_same
 from minillm.tokenizers.folder import load_tokenizer

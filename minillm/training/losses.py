@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minillm.ops import linear_cross_entropy
+from minillm.ops import IGNORE, linear_cross_entropy
 
-IGNORE = -100  # a label that does not count
 ROWS = 256  # hidden states whose logits exist at once
 
 

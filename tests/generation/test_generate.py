@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 
 import pytest
 import torch
@@ -31,41 +30,6 @@ def tokens():
     return torch.randint(1, V, (3, T), generator=torch.Generator().manual_seed(1))
 
 
-def transformers_twin(model):
-    """A transformers Llama with the same weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        c = model.config
-        twin = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=c.vocab_size,
-                hidden_size=c.hidden_size,
-                intermediate_size=c.intermediate_size,
-                num_hidden_layers=c.num_layers,
-                num_attention_heads=c.num_heads,
-                num_key_value_heads=c.num_kv_heads,
-                max_position_embeddings=c.max_positions,
-                rms_norm_eps=c.norm_eps,
-                rope_theta=c.rope_theta,
-                tie_word_embeddings=c.tie_embeddings,
-                use_cache=True,
-                pad_token_id=0,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
-    names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        weights[name if name.startswith("lm_head") else f"model.{name}"] = tensor
-    twin.load_state_dict(weights)
-    return twin.eval()
-
-
 def left_padded(tokens, lengths):
     mask = torch.arange(tokens.shape[1]) >= tokens.shape[1] - torch.tensor(lengths)[:, None]
     return tokens.masked_fill(~mask, 0), mask
@@ -78,12 +42,13 @@ def new_cache(model, kind, batch_size):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["growing", "static"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_greedy_tokens_are_transformers(kv_heads, kind, padded, tokens):
+def test_greedy_tokens_are_transformers(llama_twin, kv_heads, kind, padded, tokens):
     model, mask = tiny(kv_heads), None
     if padded:
         tokens, mask = left_padded(tokens, [T, 3, 1])
-    want = transformers_twin(model).generate(
+    want = llama_twin(model).generate(
         tokens,
+        pad_token_id=0,
         attention_mask=torch.ones_like(tokens) if mask is None else mask.long(),
         max_new_tokens=NEW,
         do_sample=False,

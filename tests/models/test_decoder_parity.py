@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from minillm.layers import KVCache, StaticKVCache
 from minillm.ops import use_backend
-from tests.conftest import hf_name
 
 RELATIVE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the largest logit
 
@@ -33,7 +32,7 @@ def left_padded(tokens: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor,
         dict(attention_bias=True, mlp_bias=True, tie_embeddings=False, rope_theta=500.0),
     ],
 )
-def test_logits_and_all_gradients(llama_twins, backend, dtype, fields):
+def test_logits_and_all_gradients(llama_twins, hf_name, backend, dtype, fields):
     ours, theirs = llama_twins(dtype, **fields)
     tokens = torch.randint(0, ours.config.vocab_size, (3, 13))
     with use_backend(backend):
