@@ -197,6 +197,7 @@ def _tune(config: DemoConfig, run: Path, name: str) -> Tuned:
     folder = run / name.replace(" ", "-")
     model = load_model(run / "base")
     parameters = sum(p.numel() for p in model.parameters())
+    torch.manual_seed(config.seed)  # a new process starts with another state; A of each LoRA is drawn from it
     report = tune(model, method)
     before = peak_memory(torch.device("cpu"))
     text = TokenFile.open(run / "data" / "source-training")

@@ -5,12 +5,13 @@ import math
 import re
 
 import pytest
+import torch
 
 from minillm.cli import main
 from minillm.data import TokenFile, sequential_batches
 from minillm.evaluation import language_model_loss
 from minillm.models import ModelConfig, load_model
-from minillm.peft import LoraConfig, load_adapter
+from minillm.peft import LoraConfig, load_adapter, tune
 from minillm.recipes.demo import DemoConfig, demo
 from minillm.recipes.demo_report import rows
 from minillm.training import TrainConfig
@@ -91,6 +92,20 @@ def test_samples_come_from_all_samplers_before_and_after(facts):
     assert [sample["sampler"] for sample in samples] == ["greedy", "temperature 0.8", "top-k 20", "top-p 0.8"]
     assert all(isinstance(sample[which], str) for sample in samples for which in ("before", "after"))
     assert any(sample["before"] != sample["after"] for sample in samples)
+
+
+@pytest.mark.slow
+def test_the_adapter_starts_from_the_seed(run):
+    """A of a LoRA is drawn from the config's seed, and six steps move it only a little."""
+    before = load_model(run / "base")
+    torch.manual_seed(0)
+    tune(before, LoraConfig(rank=4, alpha=8.0, targets=("all-linear",)))
+    after = load_model(run / "base")
+    load_adapter(after, run / "LoRA" / "adapter")
+    for name, parameter in before.named_parameters():
+        if name.endswith("lora_A"):
+            trained = after.get_parameter(name)
+            assert torch.nn.functional.cosine_similarity(parameter.flatten(), trained.flatten(), dim=0) > 0.5
 
 
 @pytest.mark.slow
