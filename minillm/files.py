@@ -56,7 +56,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
-                with open(file, "rb") as opened:
+                with open(file, "r+b") as opened:  # Windows syncs no file that is open for reading only
                     os.fsync(opened.fileno())
         if path.exists():  # two renames: between them the old folder still stands under a second name
             retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old.{path.name}."))
