@@ -27,7 +27,7 @@ class CorpusConfig:
     train: str = ""  # file or folder to learn from
     held_out: str = ""  # file or folder to measure on; when empty, a share of the documents in train
     held_out_share: float = 0.05  # of the characters, in whole documents
-    text: str = "text"  # field of a record (.jsonl, .tsv, .csv) that holds a plain text
+    text: str = "text"  # field of a record (.jsonl, .tsv, .csv) with a plain text; a number: a column, counted from 0
     prompt: str = "prompt"  # or these two: only the completion is learned
     completion: str = "completion"
     seed: int = 0  # of the split and of the order of training
@@ -66,7 +66,8 @@ def read_corpus(config: CorpusConfig) -> tuple[list[Document], list[Document]]:
     """(training, held-out) documents; ValueError if there is no text, or a text stands on both sides."""
     if not config.train:
         raise ValueError("data.train: which text? Name a file or a folder, for example data.train=my_folder/")
-    fields = {"text": config.text, "prompt": config.prompt, "completion": config.completion}
+    named = {"text": config.text, "prompt": config.prompt, "completion": config.completion}
+    fields = {role: int(name) if name.isdecimal() else name for role, name in named.items()}
     documents = read_documents(config.train, **fields)
     if not config.held_out:
         return split_documents(documents, config.held_out_share, config.seed)
