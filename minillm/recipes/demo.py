@@ -50,9 +50,8 @@ class DemoConfig:
     held_out: float = 0.05  # share of each domain, in whole documents, that no training sees
     length: int = 128  # tokens of context
     batch_size: int = 8
-    vocab_size: int = 2048
     model: ModelConfig = ModelConfig(
-        hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, max_positions=512, init_std=0.05
+        vocab_size=2048, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, max_positions=512, init_std=0.05
     )
     pretrain: TrainConfig = TrainConfig(steps=800, lr=4e-3, save_every=0, eval_every=0)
     tune: TrainConfig = TrainConfig(steps=250, lr=2e-3, save_every=0, eval_every=0)
@@ -60,6 +59,10 @@ class DemoConfig:
     lora_lr: float = 1e-2
     new_tokens: int = 40  # of each sample
     seed: int = 0
+
+    def __post_init__(self):
+        if self.length > self.model.max_positions:
+            raise ValueError(f"length={self.length} is more than model.max_positions={self.model.max_positions}")
 
     def methods(self) -> dict[str, tuple[Method, TrainConfig]]:
         """name -> what trains, and how."""
@@ -100,7 +103,7 @@ def demo(config: DemoConfig, say: Callable[[str], None] = print) -> Path:
     corpora = {name: _describe(name, splits[name], say) for name in DOMAINS}
 
     say("\n2. A tokenizer, trained on the documentation")
-    tokenizer = SentencePieceTokenizer.train((d.text for d in splits["documentation"][0]), config.vocab_size)
+    tokenizer = SentencePieceTokenizer.train((d.text for d in splits["documentation"][0]), config.model.vocab_size)
     tokenizer.save(run / "tokenizer")
     say(f"   {SENTENCE!r} becomes {' '.join(tokenizer.pieces(SENTENCE))}\n   ids {tokenizer.encode(SENTENCE)}")
     files = {
@@ -158,7 +161,7 @@ def _describe(name: str, split: tuple[list[Document], list[Document]], say: Call
 
 
 def _pretrain(config: DemoConfig, tokenizer: Tokenizer, text: TokenFile, run: Path) -> tuple[Decoder, float]:
-    model = build(dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+    model = build(config.model)
     model.tokenizer_fingerprint = tokenizer.fingerprint
     seconds = _train(model, config, config.pretrain, text, run / "pretrain", "pretraining")
     with atomic_folder(run / "base") as folder:

@@ -26,8 +26,7 @@ def run(tmp_path_factory):
         characters=120_000,
         length=32,
         batch_size=8,
-        vocab_size=500,
-        model=ModelConfig(hidden_size=32, num_layers=1, num_heads=2, max_positions=64),
+        model=ModelConfig(vocab_size=500, hidden_size=32, num_layers=1, num_heads=2, max_positions=64),
         pretrain=TrainConfig(steps=12, lr=1e-2, save_every=0, eval_every=0),
         tune=TrainConfig(steps=6, lr=1e-2, save_every=0, eval_every=0),
         lora=LoraConfig(rank=4, alpha=8.0, targets=("all-linear",)),
@@ -145,3 +144,8 @@ def test_methods_start_from_the_same_schedule():
     config = DemoConfig()
     assert config.methods()["full"][1] == config.tune
     assert config.methods()["LoRA"][1].lr == config.lora_lr and config.methods()["LoRA"][1].steps == config.tune.steps
+
+
+def test_rows_longer_than_the_model_are_refused(capsys):
+    assert main(["demo", "length=600"]) == 2
+    assert "length=600 is more than model.max_positions=512" in capsys.readouterr().err
