@@ -86,7 +86,9 @@ def load_checkpoint(run_dir: str | Path, step: int | None = None) -> Checkpoint 
         whole = [earlier for earlier in found if earlier < step and not damage(found[earlier])]
         advice = "no earlier one is whole: start the run anew in another folder"
         if whole:
-            advice = f"step {whole[-1]}'s is whole: resume(step={whole[-1]}) continues from there"
+            advice = (
+                f"step {whole[-1]}'s is whole: delete this one, or call resume(step={whole[-1]}), to go on from there"
+            )
         raise ValueError(f"the checkpoint {folder} is damaged:\n  " + "\n  ".join(wrong) + f"\n{advice}")
     state = read_json(folder / "state.json")
     if (version := state.pop("format_version", None)) != FORMAT:

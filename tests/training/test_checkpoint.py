@@ -101,7 +101,7 @@ def test_flipped_bit(make_trainer, trained, name):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"step-000006 is damaged:\n  {name} has changed: its SHA-256 is") as error:
         make_trainer(keep_checkpoints=3).resume()
-    assert str(error.value).endswith("step 4's is whole: resume(step=4) continues from there")
+    assert str(error.value).endswith("step 4's is whole: delete this one, or call resume(step=4), to go on from there")
 
 
 @pytest.mark.parametrize("name", FILES)
