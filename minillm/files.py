@@ -44,7 +44,10 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Fill a temporary sibling folder; on success it becomes `path` (replacing an older one), on failure it is removed.
+    """Fill a temporary sibling folder; on success it becomes `path`, on failure it is removed.
+
+    An older `path` is replaced, but only if that loses no file: one that the new folder lacks is somebody else's, and
+    raises ValueError.
 
     Example: `with atomic_folder("run/model") as folder: save_file(tensors, folder / "model.safetensors")`
     """
@@ -58,17 +61,36 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "r+b") as opened:  # Windows syncs no file that is open for reading only
                     os.fsync(opened.fileno())
-        if path.exists():  # two renames: between them the old folder still stands under a second name
-            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old.{path.name}."))
-            os.replace(path, retired / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(retired)
+            else:
+                _sync_folder(file)
+        _sync_folder(temporary)
+        if path.exists():
+            _replace_folder(path, temporary)
         else:
             os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Put `new` where `path` stands, in two renames; the old folder is taken back if the second one fails."""
+    old, names = (sorted(f.relative_to(root) for f in root.rglob("*") if not f.is_dir()) for root in (path, new))
+    if foreign := [str(name) for name in old if name not in set(names)]:
+        raise ValueError(
+            f"{path} holds files that would be lost: {', '.join(foreign[:5])}{', ...' if foreign[5:] else ''}. "
+            "Choose another folder, or move them away"
+        )
+    retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".old.{path.name}."))
+    os.replace(path, retired / path.name)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(retired / path.name, path)
+        retired.rmdir()
+        raise
+    shutil.rmtree(retired)
 
 
 def sha256_file(path: str | Path) -> str:

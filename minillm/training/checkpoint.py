@@ -109,8 +109,9 @@ def delete_checkpoints(run_dir: str | Path, steps: Iterable[int]) -> None:
     found = list_checkpoints(run_dir)
     for folder in (found[step] for step in steps):
         folder.rename(folder.with_name(f".old.{folder.name}"))  # one move, so that none is ever seen half-deleted
-    for folder in (Path(run_dir) / "checkpoints").glob(".*"):
-        shutil.rmtree(folder)
+    for pattern in (".step-*", ".old.step-*"):
+        for folder in (Path(run_dir) / "checkpoints").glob(pattern):
+            shutil.rmtree(folder)
 
 
 def damage(folder: Path) -> list[str]:

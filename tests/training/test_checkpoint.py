@@ -264,3 +264,14 @@ def test_two_stopping_rules_keep_their_own_state(make_trainer):
 
 def test_interrupted_is_an_exit():
     assert issubclass(Interrupted, SystemExit) and Interrupted(2, "stopped").code == 130
+
+
+def test_other_peoples_hidden_files_are_left_alone(make_trainer):
+    """Finder puts a .DS_Store into every folder it shows."""
+    trainer = make_trainer(save_every=1, keep_checkpoints=1)
+    (trainer.run_dir / "checkpoints" / ".notes").mkdir(parents=True)
+    (trainer.run_dir / "checkpoints" / ".DS_Store").write_text("")
+    (trainer.run_dir / "checkpoints" / ".step-000001.half").mkdir()
+    trainer.resume()
+    trainer.fit()
+    assert sorted(p.name for p in (trainer.run_dir / "checkpoints").iterdir()) == [".DS_Store", ".notes", "step-000006"]
