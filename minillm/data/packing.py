@@ -40,11 +40,14 @@ class PackedLoader(Loader):
         self._start()
 
     def rows(self, epoch: int) -> np.ndarray:
-        """The first input of each window; the first window begins before the corpus when the offset moves the cuts."""
+        """The first input of each window; the first window begins before the corpus when the offset moves the cuts.
+
+        A window with no label, inside a long prompt, teaches nothing and is left out.
+        """
         offset = 0
         if self.random_offset:  # a stream of its own: 1 keeps it apart from the one that shuffles
             offset = int(np.random.default_rng([self.seed, epoch, 1]).integers(self.length))
-        return np.arange(-offset, len(self.token_file) - 1, self.length)
+        return with_labels(self.token_file, np.arange(-offset, len(self.token_file) - 1, self.length), self.length)
 
     def batch(self, rows: np.ndarray, mine: slice) -> dict[str, Tensor]:
         return windows(self.token_file, rows[mine], self.length, self.isolate_documents)
@@ -63,9 +66,16 @@ def sequential_batches(
     """
     if batch_size < 1 or length < 1:
         raise ValueError(f"batch_size {batch_size} and length {length} must be positive")
-    begins = np.arange(0, len(token_file) - 1, length)
+    begins = with_labels(token_file, np.arange(0, len(token_file) - 1, length), length)
     for first in range(0, len(begins), batch_size):
         yield windows(token_file, begins[first : first + batch_size], length, isolate_documents)
+
+
+def with_labels(token_file: TokenFile, begins: np.ndarray, length: int) -> np.ndarray:
+    """The windows in which some label counts; every document's last token, the end of text, does."""
+    first = np.maximum(begins, 0) + 1  # where the first label stands
+    document = np.searchsorted(token_file.ends, first, side="right")
+    return begins[np.maximum(token_file.counted[document], first) <= begins + length]
 
 
 def windows(token_file: TokenFile, begins: np.ndarray, length: int, isolate_documents: bool) -> dict[str, Tensor]:

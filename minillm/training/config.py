@@ -49,6 +49,8 @@ class TrainConfig:
         for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("device", DEVICES)):
             if (value := getattr(self, name)) not in choices:
                 wrong.append(f"{name}={value!r}: did you mean {nearest(str(value), choices)}?")
+        if not wrong and self.patience and not self.eval_every:
+            wrong.append(f"patience={self.patience}: needs evaluations during training, but eval_every=0")
         if wrong:
             raise ValueError("this training cannot be done:\n  " + "\n  ".join(wrong))
 

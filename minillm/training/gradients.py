@@ -6,6 +6,7 @@ scaled as if all were like the first, and what that was wrong by is one factor a
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class StepResult(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """A model whose output is its loss: so compile and DDP see the whole step, whatever the loss calls of the model."""
+    """A model whose output is its loss: so DDP and compile work on the loss, whatever it calls of the model."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Mapping[str, Tensor]], Loss]):
         super().__init__()
@@ -53,7 +54,7 @@ class Gradients:
             self.module = DistributedDataParallel(self.module)
 
     def compute(self, batches: Iterable[Mapping[str, Tensor]], stop: bool) -> StepResult:
-        """Run `config.accumulate` batches forward and backward; the device is waited for once, at the end.
+        """Run `config.accumulate` batches forward and backward; the loop itself waits for the device once, at the end.
 
         All processes get the same numbers. A loss or norm that is not finite is returned like any other.
         """
@@ -73,10 +74,9 @@ class Gradients:
         scale = expected / sums[0]
         norm = torch.nn.utils.get_total_norm(self._gradients()) * scale
         total, loss_sum, *metrics, stops, scale, norm = torch.cat([sums, scale[None], norm.double()[None]]).tolist()
-        if total == 0:
-            raise ValueError("no label in the whole step counts (all are -100): look at how the data marks its labels")
+        total = total or math.nan  # no label counts: nothing is known of the loss
         metrics = {name: value / total for name, value in zip(names, metrics, strict=True)}
-        weight = int(total) if total.is_integer() else total
+        weight = int(total) if total.is_integer() else total  # nan is no integer
         return StepResult(loss_sum / total, norm, scale, weight, metrics, stops > 0)
 
     def scale_and_clip(self, result: StepResult) -> None:

@@ -16,7 +16,7 @@ from minillm.training import checkpoint, state
 from minillm.training.callbacks import Callback
 from minillm.training.config import TrainConfig
 from minillm.training.distributed import is_main, pick_device, world
-from minillm.training.gradients import Gradients
+from minillm.training.gradients import Gradients, StepResult
 from minillm.training.losses import Loss
 from minillm.training.optimizer import make_optimizer
 from minillm.training.randomness import random_state, seed_everything, set_random_state
@@ -66,7 +66,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to `config.steps` or until a callback stops, save, return the last step's record ({}: none was left).
 
-        SIGINT and SIGTERM finish the step, save and raise Interrupted. A loss or gradient that is not finite raises
+        SIGINT and SIGTERM finish the step (of several processes the next one, in which all hear of it), save and raise
+        Interrupted. A loss or gradient that is not finite raises
         ValueError, with the state before that step saved.
         """
         if self.step == 0 and not self._resumed:
@@ -81,7 +82,7 @@ class Trainer:
                 while self.step < self.config.steps and not self.stopped:
                     last = self._train_step(stop=bool(caught.signum))
                     self._after_step()
-                    if last:
+                    if last or (caught.signum and world().size == 1):  # several processes must agree, a step later
                         self._interrupt(caught.signum or signal.SIGTERM)
                 self.save()
                 if caught.signum:  # it came too late for a step to notice
@@ -140,7 +141,7 @@ class Trainer:
         if not self.optimizer.state:
             _check_all_reached(self.model)
         if not (math.isfinite(found.loss) and math.isfinite(found.norm)):
-            self._give_up(found.loss, found.norm, lr, *before)
+            self._give_up(found, lr, *before)
         self.gradients.scale_and_clip(found)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -167,11 +168,17 @@ class Trainer:
             print(f"\n{message}", file=sys.stderr)
         raise Interrupted(signum, message)
 
-    def _give_up(self, loss: float, norm: float, lr: float, random: dict[str, Any], loader: dict[str, Any]) -> NoReturn:
+    def _give_up(self, found: StepResult, lr: float, random: dict[str, Any], loader: dict[str, Any]) -> NoReturn:
         """Save the state before this step (it has changed running statistics only) and say what happened."""
+        loss, norm, weight = found.loss, found.norm, found.weight
         set_random_state(random, self.device)
         self.loader.load_state_dict(loader)
         self.save()
+        if math.isnan(weight):
+            raise ValueError(
+                f"step {self.step + 1}: no label in the whole step counts (all are -100): look at how the data marks "
+                f"its labels. The state of step {self.step} is saved in {checkpoint.path_of(self.run_dir, self.step)}"
+            )
         raise ValueError(
             f"step {self.step + 1}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite "
             f"(loss {loss}, gradient norm {norm}, learning rate {lr:.3g}). The weights are still those of step "

@@ -291,3 +291,14 @@ def test_truncation_is_reported(long, pairs):
     assert batch["labels"][-1].tolist() == stream(long)[-40:-30]
     with pytest.raises(ValueError, match=r"2 of 4 .* no label within length 3 .*numbers: \[0, 2\].* 4 tokens"):
         PaddedLoader(pairs, 2, 3)
+
+
+def test_windows_without_a_label_are_left_out(tmp_path):
+    """Two documents: a prompt of 20 bytes and 1 to learn, then the same; each + end of text. Windows of 4."""
+    documents = [Document(name, "p" * 20, "c") for name in "ab"]
+    file = write_tokens(documents, ByteTokenizer(), tmp_path / "tokens")
+    loader = PackedLoader(file, batch_size=1, length=4, shuffle=False)
+    assert loader.rows(0).tolist() == [16, 20, 40]  # labels stand at 20, 21, 42 and 43
+    labels = [batch["labels"][batch["labels"] != -100].tolist() for batch in (next(loader) for _ in range(3))]
+    assert labels == [[ord("c")], [258], [ord("c"), 258]]
+    assert len(list(sequential_batches(file, 1, 4))) == 3

@@ -21,7 +21,7 @@ from minillm.training import ProgressBar, Records
 
 
 class Stop(ProgressBar):
-    """Sends this process a signal after step 3; training ends after step 4, which has seen it."""
+    """Sends this process a signal when step 3 is done; training ends there."""
 
     def on_step(self, trainer, record):
         super().on_step(trainer, record)
@@ -155,14 +155,14 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(module, "ProgressBar", Stop)
         code, out, error = cli(recipe, *words, f"run={run}")
-    assert code == 130 and "SIGINT: stopped after step 4" in error
+    assert code == 130 and "SIGINT: stopped after step 3" in error
     assert f"Go on with: minillm {recipe} run={run} --resume" in out
     code, _, error = cli("generate", run, "the cat")
     assert code == 2 and f"has not finished: minillm {recipe} run={run} --resume" in error
     assert f"no: minillm {recipe} run={run} --resume goes on" in cli("info", run)[1]
 
     code, out, _ = cli(recipe, f"run={run}", "--resume")
-    assert code == 0 and "goes on after step 4" in out
+    assert code == 0 and "goes on after step 3" in out
     assert outcome(run, weights) == outcome(whole, weights)
     shutil.rmtree((run / weights).parent)  # as if it had been killed between training and saving
     (run / "report.json").unlink()

@@ -19,7 +19,7 @@ from pathlib import Path
 import tiny_run
 import torch._dynamo  # noqa: F401  the first optimizer of a process imports it, for longer than the run lasts
 
-from minillm.training import Records
+from minillm.training import Records, list_checkpoints
 
 
 def attempt(data: Path, run: Path, steps: int, kill_after: float | None) -> bool:
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
-    moments, kills, runs, saving, reached = random.Random(args.seed), 0, 0, 0, set()
+    moments, kills, runs, resumable, saving, reached = random.Random(args.seed), 0, 0, 0, 0, set()
     with tempfile.TemporaryDirectory() as folder:
         data, whole = Path(folder, "data"), Path(folder, "whole")
         tiny_run.write_data(data)
@@ -67,14 +67,17 @@ def main() -> None:
                 killed = attempt(data, run, args.steps, wait)
                 if killed:
                     kills += 1
+                    resumable += bool(list_checkpoints(run))
                     saving += any((run / "checkpoints").glob(".*"))
                     reached.add(len(Records(run / "metrics.jsonl").read()))
             if different := [name for name, content in endstate(whole).items() if endstate(run)[name] != content]:
                 raise SystemExit(f"after {kills} kills the run ended in another {' and '.join(different)}")
             shutil.rmtree(run)
+    if not resumable:
+        raise SystemExit("no run was killed after its first checkpoint, so nothing was resumed: the test shows nothing")
     print(
-        f"{kills} kills in {runs} runs of {args.steps} steps, at {len(reached)} different lengths of metrics.jsonl, "
-        f"{saving} of them while saving: all ended in the same bits"
+        f"{kills} kills in {runs} runs of {args.steps} steps, {resumable} after the first checkpoint, {saving} while "
+        f"saving, at {len(reached)} different lengths of metrics.jsonl: all ended in the same bits"
     )
 
 

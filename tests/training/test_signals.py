@@ -23,7 +23,7 @@ class Press(Callback):
 def test_saves_and_exits(make_trainer, capfd, signum, code):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(
-        Interrupted, match=rf"{signum.name}: stopped after step 4, saved in .*step-000004; resume to"
+        Interrupted, match=rf"{signum.name}: stopped after step 3, saved in .*step-000003; resume to"
     ) as error:
         make_trainer(dropout=0.5, save_every=0, callbacks=[Press(signum, 3)]).fit()
     assert error.value.code == code
@@ -34,7 +34,7 @@ def test_saves_and_exits(make_trainer, capfd, signum, code):
     )
 
     again, whole = make_trainer(dropout=0.5, save_every=0), make_trainer("whole", dropout=0.5, save_every=0)
-    assert again.resume() == 4
+    assert again.resume() == 3
     again.fit(), whole.fit()
     assert again.metrics.path.read_bytes() == whole.metrics.path.read_bytes()
 

@@ -46,3 +46,8 @@ def test_survives_json_and_overrides():
     assert override(config, ["lr=1e-4", "schedule=linear", "compile=true"]) == TrainConfig(
         steps=7, precision="bfloat16", lr=1e-4, schedule="linear", compile=True
     )
+
+
+def test_patience_needs_evaluations():
+    with pytest.raises(ValueError, match="patience=3: needs evaluations during training, but eval_every=0"):
+        TrainConfig(patience=3, eval_every=0)
