@@ -32,6 +32,7 @@ def generate(
     `cache`: one per layer, for caches that hold a learned prefix or are static (`static_cache`); new KVCaches
     unless given.
 
+    The weights must not change before the last step: some are kept in another layout meanwhile.
     The model computes in eval mode and without gradients; each module is left in the mode it was in.
     Raises ValueError at once for input that cannot work, and during generation when logits are not finite.
     """

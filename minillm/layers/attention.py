@@ -66,7 +66,7 @@ class Attention(nn.Module):
     def weights(
         self, x: Tensor, *, source=None, mask=None, causal=False, rotation=None, bias=None, cache=None
     ) -> Float[Tensor, "B H T S"]:
-        """The attention weights of the same call of `forward`, for looking at."""
+        """The attention weights of that call of `forward`, for looking at. A `cache` is filled, as `forward` would."""
         q, k, _, mask, bias = self._project(x, source, mask, rotation, bias, cache)
         return ops.attention_weights(q, k, mask=mask, causal=causal, bias=bias)
 

@@ -1,5 +1,6 @@
 """The sizes and choices that define a model; everything else follows from them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,9 +47,18 @@ class ModelConfig:
                 wrong.append(f"{name}={value!r}: did you mean {nearest(str(value), choices)}?")
         if not 0.0 <= self.dropout < 1.0:
             wrong.append(f"dropout={self.dropout}: must be in [0, 1)")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                wrong.append(f"{name}={getattr(self, name)}: must be a number above 0")
+        if not 0.0 <= self.init_std < math.inf:
+            wrong.append(f"init_std={self.init_std}: must be a number, at least 0")
         if not wrong:
+            if self.head_dim is None and self.hidden_size % self.num_heads:
+                wrong.append(
+                    f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}; or give head_dim"
+                )
             self._fill_in()
-            wrong = self._conflicts()
+            wrong += self._conflicts()
         if wrong:
             raise ValueError("this model cannot be built:\n  " + "\n  ".join(wrong))
 
@@ -66,10 +76,6 @@ class ModelConfig:
         wrong = []
         if self.num_heads % self.num_kv_heads:
             wrong.append(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.head_dim * self.num_heads != self.hidden_size and self.hidden_size % self.num_heads:
-            wrong.append(
-                f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}; or give head_dim"
-            )
         if self.positions == "rope" and self.head_dim % 2:
             wrong.append(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of features")
         return wrong

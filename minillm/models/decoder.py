@@ -90,8 +90,10 @@ class Decoder(nn.Module):
         rotation = None
         if self.config.positions == "rope":
             rotation = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        else:
-            x = x + self.embed_positions(positions).to(x.dtype)
+        elif self.config.positions == "learned":
+            x = x + self.embed_positions(positions)
+        else:  # the sines have size 1, so the embeddings are scaled up to it: Vaswani et al. 2017, section 3.4
+            x = x * math.sqrt(self.config.hidden_size) + self.embed_positions(positions).to(x.dtype)
         x = self.dropout(x)
         mask = _attention_mask(mask, x.shape[1])
         for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):

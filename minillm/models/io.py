@@ -1,7 +1,9 @@
 """Models as folders: `config.json` and `model.safetensors`. Loading accounts for every tensor and runs no code."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,12 +27,11 @@ def save_model(model: Decoder, folder: str | Path) -> None:
         save_file(dict(model.named_parameters()), temporary / "model.safetensors", metadata={"format": "pt"})
         described = {
             "format": FORMAT,
-            "family": "decoder",
             "model": to_dict(model.config),
             "tokenizer_fingerprint": model.tokenizer_fingerprint,
             "weights_sha256": sha256_file(temporary / "model.safetensors"),
         }
-        write_json(temporary / "config.json", described)
+        write_json(temporary / "config.json", described | {"sha256": _hash(described)})
 
 
 def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
@@ -44,6 +45,8 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype:
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         found = described.get("format") if isinstance(described, dict) else type(described).__name__
         raise ValueError(f"{folder / 'config.json'} has format {found!r}, this minillm reads format {FORMAT}")
+    if described.pop("sha256", None) != _hash(described):
+        raise ValueError(f"{folder / 'config.json'} is damaged or was edited: its content does not fit its sha256")
     config = from_dict(ModelConfig, described["model"], where=f"{folder / 'config.json'}: ")
     weights = folder / "model.safetensors"
     if not weights.exists():
@@ -55,6 +58,11 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype:
     _fill(model, weights, device, dtype)
     model.tokenizer_fingerprint = described["tokenizer_fingerprint"]
     return model.eval()
+
+
+def _hash(described: dict[str, Any]) -> str:
+    """SHA-256 of a description as canonical JSON."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from minillm.peft.lora_linear import LoRALinear
-from minillm.peft.method import forget, require_tuning
+from minillm.peft.method import forget, refuse, require_tuning
+from minillm.peft.names import original_modules
 from minillm.peft.replace import replace_modules
 
 
@@ -15,11 +16,17 @@ def merge(model: nn.Module, *, keep: bool = False) -> float:
     The sum is made in float32 at least and rounded once, to the dtype of W: on a bfloat16 base that rounding is the
     difference that remains. The model has the base's modules and names again and is no longer tuned; with `keep` it
     remembers adapters and original weights (twice the memory of the adapted layers), and `unmerge` brings them back.
-    What was trained in place is part of the base as it stands. Raises ValueError when there is nothing to merge.
+    What was trained in place is part of the base as it stands. Raises ValueError when there is nothing to merge, or
+    when a merged weight would not be finite.
     """
     tuning = require_tuning(model, "merge")
     if tuning.merged is not None:
         raise ValueError("this model is merged already; unmerge(model) gives the adapters back")
+    layers = [(name, module) for name, _, module in original_modules(model) if isinstance(module, LoRALinear)]
+    refuse(
+        [f"{name}: NaN or infinity" for name, layer in layers if not layer.weight.isfinite().all()],
+        "merging would spoil the base, which is unchanged; load an earlier adapter:",
+    )
     kept, changes = [], [0.0]
 
     def make(name: str, layer: LoRALinear) -> nn.Linear:

@@ -22,7 +22,7 @@ class GenerateConfig:
     top_k: int | None = None  # draw from this many most likely tokens only
     top_p: float | None = None  # or from the fewest whose probabilities reach this sum
     seed: int = 0
-    stop: tuple[str, ...] = ()  # end before any of these texts; \n is the end of a line
+    stop: tuple[str, ...] = ()  # end before any of these texts (a,b); \n ends a line; spaces around are dropped
     base: str = ""  # of an adapter whose base was moved
     merge: bool = False  # fold a LoRA into the weights first: faster, equal up to rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"

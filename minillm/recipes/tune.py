@@ -69,6 +69,8 @@ def tune(config: TuneConfig, resume: bool = False) -> Path:
     report.json with the held-out loss before and after, also on the base's own held-out text if the base is a run.
     Resuming and torchrun as in `pretrain`. ValueError for whatever cannot work, before training begins.
     """
+    if resume and not config.run:
+        raise ValueError("which run? Name it: minillm tune run=FOLDER --resume")
     config = dataclasses.replace(config, base=str(_base_folder(config.base)))
     with process_group(config.train.device):
         run = find_run(config, "tune", resume)
@@ -78,7 +80,7 @@ def tune(config: TuneConfig, resume: bool = False) -> Path:
             from_main(lambda: write_data(run, *read_corpus(config.data), base.tokenizer))
         config = dataclasses.replace(config, run=str(run))
         file = TokenFile.open(run / "data" / "train")
-        rows = Rows(file, config.data, _padded(file, config.data.rows))
+        rows = Rows(file, config.data, _padded(file, config.data))
         texts = _measured(run, config, rows.padded)
         before = from_main(lambda: {name: text.measure(base.model) for name, text in texts.items()})
         trainer, report = _trainer(config, run, base, rows, texts["new text"])
@@ -120,11 +122,19 @@ def _measured(run: Path, config: TuneConfig, padded: bool) -> dict[str, Rows]:
     return texts
 
 
-def _padded(file: TokenFile, rows: str) -> bool:
+def _padded(file: TokenFile, config: TuneDataConfig) -> bool:
     """Whether each document has a row of its own."""
     prompts = bool((file.counted > file.starts).any())
-    padded = prompts if rows == "auto" else rows == "padded"
-    why = f"data.rows={rows}" if rows != "auto" else "there are prompts" if prompts else "there are no prompts"
+    padded = prompts if config.rows == "auto" else config.rows == "padded"
+    why = (
+        f"data.rows={config.rows}"
+        if config.rows != "auto"
+        else "there are prompts"
+        if prompts
+        else "there are no prompts"
+    )
+    if padded and config.isolate_documents:
+        raise ValueError(f"data.isolate_documents=true is for packed rows, and these are padded ({why}): leave it out")
     kind = "padded rows, one document each" if padded else "packed rows, documents end to end"
     say(f"{kind} ({why}): {file.meta.num_documents:,} documents, {len(file):,} tokens")
     return padded

@@ -144,3 +144,24 @@ def test_what_a_config_leaves_open_follows_from_the_rest():
     config = ModelConfig(hidden_size=48, num_heads=4)
     assert (config.num_kv_heads, config.head_dim, config.intermediate_size) == (4, 12, 128)
     assert ModelConfig(hidden_size=48, num_heads=4, mlp="plain").intermediate_size == 192
+
+
+def test_a_given_head_size_need_not_divide_the_width():
+    model = build(ModelConfig(hidden_size=16, num_heads=3, head_dim=4, vocab_size=9, num_layers=1))
+    assert model(torch.tensor([[1, 2]])).shape == (1, 2, 9)
+
+
+@pytest.mark.parametrize("field, value", [("init_std", math.nan), ("rope_theta", 0.0), ("norm_eps", -1.0)])
+def test_numbers_that_make_no_model_are_refused(field, value):
+    with pytest.raises(ValueError, match=rf"{field}=.*must be a number"):
+        ModelConfig(**{field: value})
+
+
+def test_sinusoidal_positions_do_not_drown_the_embeddings():
+    """x = sqrt(D) embedding + PE: Vaswani et al. 2017, section 3.4 and 3.5."""
+    model = build(ModelConfig(**SIZES, positions="sinusoidal")).eval()
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(torch.tensor([[7, 7]]))
+    embedding = model.embed_tokens.weight[7] * math.sqrt(24)
+    torch.testing.assert_close(seen[0][0], embedding + model.embed_positions(torch.arange(2)))

@@ -1,5 +1,6 @@
 """Model folders: whole, exact, and refused with one clear error when they are not."""
 
+import hashlib
 import json
 
 import pytest
@@ -26,8 +27,11 @@ def rewrite(folder, change) -> None:
 
 
 def edit(folder, **fields) -> None:
-    described = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(described | fields))
+    """Change the description and make its hash fit again."""
+    described = json.loads((folder / "config.json").read_text()) | fields
+    del described["sha256"]
+    sha256 = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(described | {"sha256": sha256}))
 
 
 def test_loaded_equals_saved(folder, tiny_decoder, tokens):
@@ -103,6 +107,13 @@ def test_other_format_unknown_field_and_missing_files(folder, tmp_path):
         load_model(folder)
     with pytest.raises(ValueError, match="does not exist"):
         load_model(tmp_path / "nowhere")
+
+
+def test_an_edited_description_is_noticed(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 90000.0'))
+    with pytest.raises(ValueError, match=r"config.json is damaged or was edited: its content does not fit its sha256"):
+        load_model(folder)
 
 
 def test_missing_weights_file(folder):

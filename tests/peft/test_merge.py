@@ -1,6 +1,7 @@
 """Merging: near the unmerged outputs, rounded once, and undone bit for bit."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -98,3 +99,14 @@ def test_merging_what_was_trained_in_place_changes_nothing(decoder, perturb):
     before = copy.deepcopy(decoder.state_dict())
     assert merge(decoder) == 0.0
     assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
+
+
+def test_merging_never_spoils_the_base():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tune(model, LoraConfig(rank=2, targets=("0", "1")))
+    base = [layer.base.weight.clone() for layer in model]
+    with torch.no_grad():
+        model[1].lora_B.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"(?s)merging would spoil the base, which is unchanged.*1: NaN or infinity"):
+        merge(model)
+    assert all(torch.equal(layer.base.weight, weight) for layer, weight in zip(model, base, strict=True))
