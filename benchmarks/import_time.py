@@ -11,7 +11,9 @@ import sys
 
 from common import Goal
 
-GOALS = [Goal("`import minillm` and all its parts, minus `import torch`, CPU seconds", ("seconds_with_parts",), 0.15)]
+GOALS = [
+    Goal("`import minillm` with ops to training, minus `import torch`, CPU seconds", ("seconds_with_parts",), 0.15)
+]
 
 PROGRAM = """
 import time, torch

@@ -68,7 +68,9 @@ def table(facts: Mapping[str, Any]) -> Table:
                 *_losses(row["losses"]),
                 f"{100 * row['gap_closed']:.0f} %",
                 f"{row['seconds']:.1f}",
-                f"{(row['peak_memory'] or 0) / 1e6:.0f} MB ({row['training_adds'] / 1e6:.0f} MB)",
+                f"{row['peak_memory'] / 1e6:.0f} MB ({row['training_adds'] / 1e6:.0f} MB)"
+                if row["peak_memory"]
+                else "-",
                 f"{row['artefact_bytes'] / 1e6:.2f} MB",
             )
         )
@@ -124,7 +126,7 @@ def blocks(facts: Mapping[str, Any], environment: Mapping[str, Any]) -> list[Blo
         Paragraph(
             "It comes with every Python " + f"({environment['python']} here): " + "; ".join(
                 f"{name}: {corpus['what']}" for name, corpus in facts["corpora"].items())
-            + ". Whole documents are held out, and no paragraph stands on both sides."
+            + ". Whole documents are held out, and no paragraph of 80 characters or more stands on both sides."
         ),
         Table(("part", "documents", "bytes", "characters", "sha256"), corpora),
         Heading("The tokenizer"),

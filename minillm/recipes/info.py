@@ -64,6 +64,8 @@ def _run(folder: Path) -> str:
     recipe = config.get("recipe", "unknown")
     facts: list[tuple[str, Any]] = [("recipe", recipe)]
     records = Records(folder / "metrics.jsonl").read()
+    if recipe == "demo":
+        return _section(f"demo {folder}", [*facts, ("report", folder / "report.html"), ("model", folder / "base")])
     facts += _flat("last step", next((r for r in reversed(records) if "loss" in r), {}))
     facts += _flat("last evaluation", next((r for r in reversed(records) if "eval" in r), {}))
     checkpoints = list(list_checkpoints(folder))
@@ -71,7 +73,7 @@ def _run(folder: Path) -> str:
     if (folder / "report.json").is_file():
         report = read_json(folder / "report.json")
         facts += [pair for key, value in report.items() if key != "parameters" for pair in _flat(key, value)]
-    else:
+    elif recipe in ("pretrain", "tune"):
         facts += [("finished", f"no: minillm {recipe} run={folder} --resume goes on")]
     return _section(f"run {folder}", facts)
 

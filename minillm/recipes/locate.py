@@ -49,6 +49,8 @@ def _what_is_there(path: Path) -> str:
         recipe = read_json(path / "config.json").get("recipe", "pretrain")
         if recipe == "tokenizer":
             return f"{path} holds a tokenizer and no model: use it in training with tokenizer.folder={path}"
+        if recipe == "demo":
+            return f"{path} is a demo: its model is in {path / 'base'}, and tuned in {path / 'LoRA'} and beside it"
         return f"{path} is a run that has not finished: minillm {recipe} run={path} --resume trains it to its end"
     return f"{path} is no run, model or adapter; it holds {sorted(entry.name for entry in path.iterdir())[:20]}"
 

@@ -122,6 +122,10 @@ def test_no_held_out_document_is_trained_on(run):
 def test_its_folders_serve_the_other_commands(run, capsys):
     assert main(["generate", str(run / "LoRA"), "def read(", "max_new_tokens=3"]) == 0
     assert main(["info", str(run / "base")]) == 0
+    assert main(["info", str(run)]) == 0
+    assert main(["generate", str(run), "def"]) == 2
+    assert "is a demo: its model is in" in capsys.readouterr().err
+    assert main(["info", str(run / "base")]) == 0
     assert "vocab_size" in capsys.readouterr().out
 
 
