@@ -99,3 +99,13 @@ def test_what_a_config_filled_in_follows_an_override():
     asked = ModelConfig(hidden_size=16, num_heads=2, head_dim=4, num_kv_heads=1)
     assert override(asked, ["num_heads=4"]) == ModelConfig(hidden_size=16, num_heads=4, head_dim=4, num_kv_heads=1)
     assert given(asked)["intermediate_size"] is None
+
+
+def test_waiting_threads_sleep(monkeypatch, capsys):
+    """Unless the user has said otherwise; it must stand before torch is imported."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
