@@ -101,11 +101,11 @@ def test_what_a_config_filled_in_follows_an_override():
     assert given(asked)["intermediate_size"] is None
 
 
-def test_waiting_threads_sleep(monkeypatch, capsys):
+def test_waiting_threads_soon_sleep(monkeypatch, capsys):
     """Unless the user has said otherwise; it must stand before torch is imported."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     assert main(["--version"]) == 0
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
     assert main(["--version"]) == 0
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert os.environ["GOMP_SPINCOUNT"] == "5"
