@@ -1,24 +1,35 @@
 """Floor 1: the layers of a transformer, each in its own short file."""
 
+from minillm.layers.additive_attention import AdditiveAttention
 from minillm.layers.attention import Attention, Rotation
 from minillm.layers.block import Block
-from minillm.layers.cache import KVCache, StaticKVCache
+from minillm.layers.cache import KVCache, MemoryCache, StaticKVCache
+from minillm.layers.cells import CELLS, LSTMCell, RNNCell, State
 from minillm.layers.mlp import MLP, MLPS, GatedMLP
 from minillm.layers.norm import NORMS, LayerNorm, RMSNorm
-from minillm.layers.positions import LearnedPositions, SinusoidalPositions
+from minillm.layers.positions import LearnedPositions, RelativePositions, SinusoidalPositions
+from minillm.layers.recurrent import Recurrent
 
 __all__ = [
+    "CELLS",
     "MLP",
     "MLPS",
     "NORMS",
+    "AdditiveAttention",
     "Attention",
     "Block",
     "GatedMLP",
     "KVCache",
+    "LSTMCell",
     "LayerNorm",
     "LearnedPositions",
+    "MemoryCache",
     "RMSNorm",
+    "RNNCell",
+    "Recurrent",
+    "RelativePositions",
     "Rotation",
     "SinusoidalPositions",
+    "State",
     "StaticKVCache",
 ]

@@ -1,11 +1,14 @@
 """Multi-head attention: self or cross, with fewer key/value heads if wanted, with a cache if given."""
 
+from collections.abc import Callable
+from typing import Literal
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from minillm import ops
-from minillm.layers.cache import KVCache
+from minillm.layers.cache import KVCache, MemoryCache
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of `ops.rotary_table`
 
@@ -16,6 +19,9 @@ class Attention(nn.Module):
     `num_kv_heads` = `num_heads` is multi-head attention (Vaswani et al. 2017, arXiv:1706.03762), 1 is multi-query
     (Shazeer 2019, arXiv:1911.02150), between them grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
     The projections stay separate modules, so that each can be adapted, quantised or frozen by its name.
+    `bias="qkv"` gives the output projection none (Qwen 2). `qk_norm` makes a norm over the K features that queries and
+    keys pass before they meet, so that no score grows without bound (Henry et al. 2020, arXiv:2010.04245; Qwen 3).
+    `scale` on the scores is 1/sqrt(K) unless given; T5 has 1 and smaller weights instead.
     """
 
     def __init__(
@@ -25,8 +31,10 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        bias: bool = False,
+        bias: bool | Literal["qkv"] = False,
         dropout: float = 0.0,
+        scale: float | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
@@ -35,11 +43,12 @@ class Attention(nn.Module):
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads}; or give head_dim")
         self.head_dim = head_dim or hidden_size // num_heads
-        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias)
-        self.dropout = dropout
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=bool(bias))
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bool(bias))
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=bool(bias))
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=bias is True)
+        self.q_norm, self.k_norm = (qk_norm(self.head_dim), qk_norm(self.head_dim)) if qk_norm else (None, None)
+        self.dropout, self.scale = dropout, scale
 
     def forward(
         self,
@@ -50,17 +59,18 @@ class Attention(nn.Module):
         causal: bool = False,
         rotation: Rotation | None = None,
         bias: Float[Tensor, "#B #H #T S1"] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | MemoryCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend and project back to D features.
 
         `mask` (True = may see) and `bias` (added to the scores) speak of the newest keys; keys before them, such as
         a learned prefix in the cache, are seen by all. `causal`: a query sees no later position.
-        `rotation`: cosines and sines that turn queries and keys. `cache` keeps this call's keys and values.
+        `rotation`: cosines and sines that turn queries and keys. `cache` keeps this call's keys and values; a
+        MemoryCache keeps those of `source` with its mask, and once filled it stands for both.
         """
         q, k, v, mask, bias = self._project(x, source, mask, rotation, bias, cache)
         dropout = self.dropout if self.training else 0.0
-        y = ops.attention(q, k, v, mask=mask, causal=causal, bias=bias, dropout=dropout)
+        y = ops.attention(q, k, v, mask=mask, causal=causal, bias=bias, scale=self.scale, dropout=dropout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def weights(
@@ -68,15 +78,19 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B H T S"]:
         """The attention weights of that call of `forward`, for looking at. A `cache` is filled, as `forward` would."""
         q, k, _, mask, bias = self._project(x, source, mask, rotation, bias, cache)
-        return ops.attention_weights(q, k, mask=mask, causal=causal, bias=bias)
+        return ops.attention_weights(q, k, mask=mask, causal=causal, bias=bias, scale=self.scale)
 
     def _project(self, x, source, mask, rotation, bias, cache):
+        q = self._heads(self.q_proj(x), self.q_norm)  # (B, H, T, K)
+        if isinstance(cache, MemoryCache) and cache.filled:
+            return q, cache.keys, cache.values, cache.mask, bias
         source = x if source is None else source
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, K)
-        k = self.k_proj(source).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, G, S, K)
-        v = self.v_proj(source).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k, v = self._heads(self.k_proj(source), self.k_norm), self._heads(self.v_proj(source))  # (B, G, S, K)
         if rotation is not None:
             q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
+        if isinstance(cache, MemoryCache):
+            cache.fill(k, v, mask)
+            return q, k, v, mask, bias
         if cache is not None:
             k, v = cache.update(k, v)
         if mask is not None and (older := k.shape[2] - mask.shape[-1]):
@@ -84,3 +98,8 @@ class Attention(nn.Module):
         if bias is not None and (older := k.shape[2] - bias.shape[-1]):
             bias = pad(bias, (older, 0), value=0.0)
         return q, k, v, mask, bias
+
+    def _heads(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, T, H K) to (B, H, T, K), each head's K features normalised if asked."""
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        return (heads if norm is None else norm(heads)).transpose(1, 2)

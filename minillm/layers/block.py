@@ -49,14 +49,20 @@ class Block(nn.Module):
         memory: Float[Tensor, "B S2 D"] | None = None,
         memory_mask: Bool[Tensor, "#B #H #T S2"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """`memory` is what cross-attention reads: the encoder's output; the rest is as in `Attention.forward`."""
+        """`memory` is what cross-attention reads, the encoder's output; with a cache only the first call needs it.
+
+        The rest is as in `Attention.forward`.
+        """
         x = self._add(
             x,
             self.attn_norm,
             lambda h: self.self_attn(h, mask=mask, causal=causal, rotation=rotation, bias=bias, cache=cache),
         )
         if self.cross_attn is not None:
-            x = self._add(x, self.cross_attn_norm, lambda h: self.cross_attn(h, source=memory, mask=memory_mask))
+            read = None if cache is None else cache.memory
+            x = self._add(
+                x, self.cross_attn_norm, lambda h: self.cross_attn(h, source=memory, mask=memory_mask, cache=read)
+            )
         return self._add(x, self.mlp_norm, self.mlp)
 
     def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:

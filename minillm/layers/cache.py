@@ -9,6 +9,31 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+class MemoryCache:
+    """Keys and values of what cross-attention reads, an encoder's output: computed once, read at every step."""
+
+    def __init__(self):
+        self.keys: Tensor | None = None  # (B, G, S, K)
+        self.values: Tensor | None = None
+        self.mask: Tensor | None = None  # (B, 1, 1, S), True at real positions; None if all are
+
+    @property
+    def filled(self) -> bool:
+        """Whether the source has been read."""
+        return self.keys is not None
+
+    def fill(self, k: Float[Tensor, "B G S K"], v: Float[Tensor, "B G S K"], mask: Tensor | None) -> None:
+        """Keep the source's keys, values and mask."""
+        self.keys, self.values, self.mask = k, v, mask
+
+    def reorder(self, rows: Int[Tensor, " N"]) -> None:
+        """As KVCache.reorder."""
+        if self.keys is not None:
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            if self.mask is not None and self.mask.shape[0] > 1:
+                self.mask = self.mask.index_select(0, rows)
+
+
 class KVCache:
     """Keys and values of one attention layer; grows with the sequence.
 
@@ -18,10 +43,13 @@ class KVCache:
     With gradients enabled every update concatenates, so nothing that autograd saved is overwritten and a loss reaches
     the prefix. Without, keys and values are written into a buffer that doubles when full: a concatenation for every
     token would copy all that came before.
+
+    `memory` is the same for the layer's cross-attention, if it has one.
     """
 
     def __init__(self, prefix: tuple[Float[Tensor, "N G P K"], Float[Tensor, "N G P K"]] | None = None):
         self.offset = 0
+        self.memory = MemoryCache()
         self.keys, self.values = prefix if prefix is not None else (None, None)  # (B, G, capacity, K), filled to length
         self.prefix_length = 0 if prefix is None else prefix[0].shape[2]
 
@@ -53,6 +81,7 @@ class KVCache:
         """Row i of the batch goes on with what row `rows[i]` was: for beam search, or to drop finished rows."""
         if self.keys is not None:
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        self.memory.reorder(rows)
 
     def _filled(self, buffer: Tensor) -> Tensor:
         return buffer.narrow(2, 0, self.length)

@@ -6,13 +6,14 @@ from minillm.ops.cross_entropy import IGNORE, linear_cross_entropy
 from minillm.ops.lora import lora, lora_linear
 from minillm.ops.norm import layer_norm, rms_norm
 from minillm.ops.registry import OPS, Op, info, use_backend
-from minillm.ops.rope import rope, rotary_table
+from minillm.ops.rope import RopeScaling, rope, rotary_table
 
 __all__ = [
     "ACTIVATIONS",
     "IGNORE",
     "OPS",
     "Op",
+    "RopeScaling",
     "attention",
     "attention_weights",
     "causal_mask",

@@ -14,10 +14,18 @@ from torch import Tensor
 from minillm.ops.registry import Op
 
 
-def causal_mask(num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> Bool[Tensor, "T S"]:
-    """True where query i may see key j. The queries are the newest positions: i sees all keys up to j = i + S - T."""
+def causal_mask(
+    num_queries: int, num_keys: int, device: torch.device | str = "cpu", *, window: int = 0
+) -> Bool[Tensor, "T S"]:
+    """True where query i may see key j. The queries are the newest positions: i sees all keys up to j = i + S - T.
+
+    With a `window` it sees the newest `window` of these, its own among them: sliding-window attention (Child et al.
+    2019, arXiv:1904.10509; Jiang et al. 2023, arXiv:2310.06825, section 2).
+    """
     keep = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return keep.tril(diagonal=num_keys - num_queries)
+    newest = num_keys - num_queries
+    keep = keep.tril(diagonal=newest)
+    return keep.triu(diagonal=newest - window + 1) if window else keep
 
 
 def attention_weights(

@@ -1,5 +1,9 @@
 """Rotary position embedding: a position is an angle by which pairs of features are turned."""
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -7,8 +11,44 @@ from torch import Tensor
 from minillm.ops.registry import Op
 
 
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower turns, so that a model reads more positions than it was first trained on.
+
+    kind "linear": every frequency divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
+    kind "llama3": a frequency is kept if it turns more than `high_freq_factor` times within
+    `original_max_positions`, divided by `factor` if fewer than `low_freq_factor` times, and a mixture of both
+    between (Grattafiori et al. 2024, arXiv:2407.21783, Llama 3.1).
+    """
+
+    kind: Literal["linear", "llama3"] = "llama3"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"kind={self.kind!r}: rope scaling is linear or llama3")
+        if not (1.0 <= self.factor < math.inf and 0.0 < self.low_freq_factor < self.high_freq_factor < math.inf):
+            raise ValueError(
+                f"factor={self.factor} must be at least 1, and low_freq_factor={self.low_freq_factor} above 0 and "
+                f"below high_freq_factor={self.high_freq_factor}"
+            )
+        if self.original_max_positions < 1:
+            raise ValueError(f"original_max_positions={self.original_max_positions} must be at least 1")
+
+    def apply(self, frequencies: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        """The scaled frequencies, in radians per position as they came."""
+        if self.kind == "linear":
+            return frequencies / self.factor
+        turns = self.original_max_positions * frequencies / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return torch.lerp(frequencies / self.factor, frequencies, kept.clamp(0.0, 1.0))
+
+
 def rotary_table(
-    positions: Int[Tensor, "*B T"], head_dim: int, theta: float = 10000.0
+    positions: Int[Tensor, "*B T"], head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None
 ) -> tuple[Float[Tensor, "*B T K"], Float[Tensor, "*B T K"]]:
     """Cosine and sine of the angles positions * theta^(-2i/K), i = 0 .. K/2 - 1, in float32, ready for `rope`.
 
@@ -18,7 +58,10 @@ def rotary_table(
     if head_dim % 2:
         raise ValueError(f"rotary positions turn pairs of features: head_dim must be even, not {head_dim}")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = scaling.apply(frequencies)
+    angles = positions[..., None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minillm.layers.cache import KVCache, StaticKVCache
+from minillm.layers.cache import KVCache, MemoryCache, StaticKVCache
 
 B, G, K = 2, 3, 4
 
@@ -152,3 +152,32 @@ def test_static_cache_memory_is_what_was_asked_for():
     cache = StaticKVCache(B, G, 7, K, dtype=torch.bfloat16, device="cpu")
     assert cache.keys.shape == cache.values.shape == (B, G, 7, K)
     assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
+
+
+def test_a_memory_is_filled_once_and_reordered_with_its_mask():
+    memory, (k, v) = MemoryCache(), pieces(5)[0]
+    memory.reorder(torch.tensor([1, 0]))
+    assert not memory.filled  # there was nothing to reorder
+    mask = torch.rand(B, 1, 1, 5) > 0.5
+    memory.fill(k, v, mask)
+    rows = torch.tensor([1, 1, 0])
+    memory.reorder(rows)
+    assert memory.filled and torch.equal(memory.keys, k[rows]) and torch.equal(memory.values, v[rows])
+    assert torch.equal(memory.mask, mask[rows])
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[[[True, False, True]]]])])
+def test_one_mask_for_all_rows_of_a_memory_stays(mask):
+    memory, (k, v) = MemoryCache(), pieces(3)[0]
+    memory.fill(k, v, mask)
+    memory.reorder(torch.tensor([1, 0, 1]))
+    assert memory.mask is mask and len(memory.keys) == 3
+
+
+@pytest.mark.parametrize("make", [KVCache, lambda: StaticKVCache(B, G, 9, K)])
+@torch.no_grad()
+def test_reordering_a_cache_reorders_its_memory(make):
+    cache, (k, v) = make(), pieces(4)[0]
+    cache.memory.fill(k, v, None)
+    cache.reorder(torch.tensor([1, 0]))
+    assert torch.equal(cache.memory.keys, k.flip(0)) and torch.equal(cache.memory.values, v.flip(0))

@@ -14,10 +14,12 @@ from minillm.layers import (
     KVCache,
     LayerNorm,
     LearnedPositions,
+    MemoryCache,
+    RelativePositions,
     RMSNorm,
     SinusoidalPositions,
 )
-from minillm.ops import rotary_table
+from minillm.ops import rope, rotary_table
 
 EXACT = dict(rtol=0, atol=1e-12)  # float64, a few dozen operations
 
@@ -150,6 +152,52 @@ def test_sinusoidal_positions_are_the_papers_table(hidden_size):
                 assert given[row, column, feature].item() == pytest.approx(expected, abs=1e-5)
 
 
+def t5_buckets(offsets, *, bidirectional, num_buckets, max_distance):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    return T5Attention._relative_position_bucket(offsets, bidirectional, num_buckets, max_distance)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(
+    "num_buckets, max_distance", [(32, 128), (4, 8), (6, 5), (7, 20), (16, 1000), (64, 3000), (9, 128), (18, 128)]
+)
+def test_relative_buckets_are_those_of_t5(bidirectional, num_buckets, max_distance):
+    """Rounding included: with 9 buckets on a side a logarithm in float64 would put three distances elsewhere."""
+    layer = RelativePositions(num_buckets, max_distance, 1, bidirectional=bidirectional)
+    offsets = torch.arange(-5000, 5001)[None]
+    options = dict(bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance)
+    given = layer.buckets(offsets)
+    assert torch.equal(given, t5_buckets(offsets, **options))
+    highest = num_buckets // 2 * 2 if bidirectional else num_buckets  # an odd count leaves the last without a use
+    unused = {num_buckets // 2} if bidirectional else set()  # a later key is at least one away
+    assert set(given.flatten().tolist()) == set(range(highest)) - unused
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("lengths", [(6, 6), (1, 6), (2, 7)])
+def test_relative_biases_are_of_the_newest_queries(bidirectional, lengths):
+    (queries, keys), layer = lengths, RelativePositions(8, 20, 3, bidirectional=bidirectional)
+    offsets = torch.arange(keys) - torch.arange(keys)[:, None]
+    buckets = t5_buckets(offsets, bidirectional=bidirectional, num_buckets=8, max_distance=20)
+    expected = layer.weight[buckets].permute(2, 0, 1)[None, :, -queries:]
+    assert torch.equal(layer(queries, keys), expected)
+
+
+@pytest.mark.parametrize(
+    "num_buckets, max_distance, bidirectional, message",
+    [
+        (3, 8, True, "num_buckets=3 must be at least 4"),
+        (1, 8, False, "num_buckets=1 must be at least 2"),
+        (32, 16, False, "max_distance=16 more than the 16 distances that have a bucket each"),
+        (32, 8, True, "max_distance=8 more than the 8 distances"),
+    ],
+)
+def test_buckets_that_hold_no_distance_are_refused(num_buckets, max_distance, bidirectional, message):
+    with pytest.raises(ValueError, match=message):
+        RelativePositions(num_buckets, max_distance, 2, bidirectional=bidirectional)
+
+
 def test_learned_positions_pick_rows():
     layer = LearnedPositions(5, 3)
     assert torch.equal(layer(torch.tensor([[4, 0]])), layer.weight[[4, 0]][None])
@@ -163,6 +211,37 @@ def test_dropout_acts_on_each_sublayer_only_in_training():
     assert not torch.equal(block(x), block(x))
     block.eval()
     assert torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_normalised_queries_and_keys_by_hand(norm, scale):
+    """Each head's q and k pass a norm over their K features, before they turn; Qwen 3's order."""
+    layer = randomise(Attention(12, 3, num_kv_heads=1, qk_norm=norm, scale=scale))
+    x, rotation = torch.randn(2, 5, 12).double(), rotary_table(torch.arange(5), 4)
+    q = layer.q_norm((x @ layer.q_proj.weight.T).view(2, 5, 3, 4)).transpose(1, 2)
+    k = layer.k_norm((x @ layer.k_proj.weight.T).view(2, 5, 1, 4)).transpose(1, 2)
+    v = (x @ layer.v_proj.weight.T)[:, None]
+    scores = rope(q, *rotation) @ rope(k, *rotation).mT * (scale or 0.5)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ layer.o_proj.weight.T
+    torch.testing.assert_close(layer(x, rotation=rotation), expected, **EXACT)
+    torch.testing.assert_close(layer.weights(x, rotation=rotation), scores.softmax(-1), **EXACT)
+
+
+@pytest.mark.parametrize("bias, with_bias", [(False, ""), (True, "qkvo"), ("qkv", "qkv")])
+def test_which_projections_have_a_bias(bias, with_bias):
+    names = {name for name, _ in Attention(8, 2, bias=bias).named_parameters() if name.endswith("bias")}
+    assert names == {f"{letter}_proj.bias" for letter in with_bias}
+
+
+def test_a_filled_memory_stands_for_source_and_mask():
+    layer = randomise(Attention(8, 2, num_kv_heads=1, bias=True))
+    x, source, mask = torch.randn(2, 3, 8).double(), torch.randn(2, 5, 8).double(), torch.rand(2, 1, 1, 5) > 0.4
+    expected, memory = layer(x, source=source, mask=mask), MemoryCache()
+    torch.testing.assert_close(layer(x, source=source, mask=mask, cache=memory), expected, **EXACT)
+    for t in range(3):
+        torch.testing.assert_close(layer(x[:, t : t + 1], cache=memory), expected[:, t : t + 1], **EXACT)
+    torch.testing.assert_close(layer.weights(x, cache=memory), layer.weights(x, source=source, mask=mask), **EXACT)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -93,15 +93,27 @@ def test_weights_sum_to_one_and_reproduce_the_output():
 
 
 def test_dropout_keeps_the_mean_and_zeroes_its_share():
-    q, k, v = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 4000, 4), torch.ones(1, 1, 4000, 4)
+    """Each of 500 outputs is the mean of 400 draws of 0 (25 %) or 4/3, whose variance is 1/3."""
+    q, k, v = torch.zeros(1, 1, 500, 4), torch.zeros(1, 1, 400, 4), torch.ones(1, 1, 400, 1)
+    spread = math.sqrt(1 / 3 / 400)
     for backend in ("reference", "torch"):
         with use_backend(backend):
             y = attention(q, k, v, dropout=0.25)
-        # mean of 4000 draws of 0 (25 %) or 4/3: standard deviation sqrt(1/3 / 4000) = 0.009
-        torch.testing.assert_close(y, torch.ones_like(y), rtol=0, atol=0.05)
-        assert (y != 1).any()
+        assert y.mean().item() == pytest.approx(1.0, abs=5 * spread / math.sqrt(500))
+        assert y.std().item() == pytest.approx(spread, rel=5 / math.sqrt(2 * 500))  # five standard errors
 
 
 def test_causal_mask_aligns_the_newest_query_with_the_newest_key():
     expected = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
     assert torch.equal(causal_mask(2, 4), expected)
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 7, 8])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 6), (5, 5), (3, 7), (7, 7)])
+def test_a_window_is_the_newest_keys_up_to_ones_own(window, lengths):
+    queries, keys = lengths
+    given = causal_mask(queries, keys, window=window)
+    for i in range(queries):
+        own = keys - queries + i
+        for j in range(keys):
+            assert given[i, j].item() == (j <= own and (window == 0 or own - j < window)), (i, j)

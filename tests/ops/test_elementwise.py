@@ -2,11 +2,12 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minillm.ops import layer_norm, rms_norm, rope, rotary_table, swiglu, use_backend
+from minillm.ops import RopeScaling, layer_norm, rms_norm, rope, rotary_table, swiglu, use_backend
 
 BACKENDS = ["reference", "torch"]
 
@@ -227,3 +228,44 @@ def test_rotary_table_is_cosine_and_sine_of_its_angles(positions):
 def test_rotary_table_refuses_an_odd_head():
     with pytest.raises(ValueError, match="pairs of features: head_dim must be even, not 7"):
         rotary_table(torch.arange(3), 7)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+@pytest.mark.parametrize("theta, original", [(10000.0, 64), (500000.0, 8192), (100.0, 128)])
+def test_scaled_frequencies_are_those_of_transformers(kind, theta, original):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = {"rope_type": kind, "rope_theta": theta, "factor": 6.0}
+    if kind == "llama3":
+        theirs |= {"low_freq_factor": 1.5, "high_freq_factor": 5.0, "original_max_position_embeddings": original}
+    config = LlamaConfig(head_dim=64, max_position_embeddings=8 * original, rope_parameters=theirs)
+    expected, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    plain = theta ** (-torch.arange(32) / 32)
+    scaling = RopeScaling(kind, 6.0, 1.5, 5.0, original)
+    torch.testing.assert_close(scaling.apply(plain), expected, rtol=1e-6, atol=0)
+    positions = torch.tensor([0, 1, 7])
+    cos, _ = rotary_table(positions, 64, theta, scaling)
+    torch.testing.assert_close(cos[:, :32], (positions[:, None] * expected).cos(), rtol=0, atol=1e-5)
+    assert scale == 1.0
+    if kind == "llama3":  # short, middling and long waves are all among them
+        turns = original * plain / (2 * math.pi)
+        for band in (turns > 5, (turns > 1.5) & (turns < 5), turns < 1.5):
+            assert band.any()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(kind="yarn"), "kind='yarn': rope scaling is linear or llama3"),
+        (dict(factor=0.5), "factor=0.5 must be at least 1"),
+        (dict(factor=math.nan), "factor=nan must be at least 1"),
+        (dict(low_freq_factor=4.0), "low_freq_factor=4.0 above 0 and below high_freq_factor=4.0"),
+        (dict(low_freq_factor=0.0), "low_freq_factor=0.0 above 0"),
+        (dict(original_max_positions=0), "original_max_positions=0 must be at least 1"),
+    ],
+)
+def test_a_scaling_that_makes_no_sense_is_refused(fields, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # in tests it would refuse some before
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(**fields)
