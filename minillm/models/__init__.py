@@ -1,17 +1,59 @@
 """Floor 2: models, built from the layers."""
 
+from minillm.models.build import build
 from minillm.models.config import ModelConfig
-from minillm.models.decoder import Decoder, build
+from minillm.models.decoder import Decoder
+from minillm.models.encoder import Encoder
+from minillm.models.encoder_decoder import EncoderDecoder
+from minillm.models.families.load import load_hf
+from minillm.models.families.save import save_hf
+from minillm.models.gradient_flow import gradient_flow
+from minillm.models.heads import (
+    HEADS,
+    Classifier,
+    Head,
+    HeadConfig,
+    MaskedLM,
+    MultipleChoice,
+    SentenceEmbedder,
+    SpanExtractor,
+    Tagger,
+    build_with_head,
+    put_head,
+)
 from minillm.models.inspect import attention_maps, count_parameters
 from minillm.models.io import load_model, save_model, weights_fingerprint
+from minillm.models.loading import load
+from minillm.models.recurrent import RecurrentConfig, RecurrentLM
+from minillm.models.recurrent_seq2seq import RecurrentEncoderDecoder
 
 __all__ = [
+    "HEADS",
+    "Classifier",
     "Decoder",
+    "Encoder",
+    "EncoderDecoder",
+    "Head",
+    "HeadConfig",
+    "MaskedLM",
     "ModelConfig",
+    "MultipleChoice",
+    "RecurrentConfig",
+    "RecurrentEncoderDecoder",
+    "RecurrentLM",
+    "SentenceEmbedder",
+    "SpanExtractor",
+    "Tagger",
     "attention_maps",
     "build",
+    "build_with_head",
     "count_parameters",
+    "gradient_flow",
+    "load",
+    "load_hf",
     "load_model",
+    "put_head",
+    "save_hf",
     "save_model",
     "weights_fingerprint",
 ]

@@ -12,13 +12,17 @@ from torch import nn
 
 from minillm.config import from_dict, to_dict
 from minillm.files import atomic_folder, read_json, sha256_file, write_json
+from minillm.models.build import MODELS, build_body
 from minillm.models.config import ModelConfig
-from minillm.models.decoder import Decoder, build
+from minillm.models.heads import Head, HeadConfig, put_head
+from minillm.models.recurrent import RecurrentConfig, RecurrentLM
+from minillm.models.recurrent_seq2seq import RecurrentEncoderDecoder
 
 FORMAT = 1  # raised when an older minillm could not read what a newer one writes
+RECURRENT = {"recurrent": RecurrentLM, "recurrent_encoder_decoder": RecurrentEncoderDecoder}
 
 
-def save_model(model: Decoder, folder: str | Path) -> None:
+def save_model(model: nn.Module, folder: str | Path) -> None:
     """Write the model's config, weights and their checksum to `folder`, whole or not at all.
 
     Tied weights are stored once. What else a folder should hold, such as the tokenizer, is added by the caller.
@@ -27,14 +31,16 @@ def save_model(model: Decoder, folder: str | Path) -> None:
         save_file(dict(model.named_parameters()), temporary / "model.safetensors", metadata={"format": "pt"})
         described = {
             "format": FORMAT,
-            "model": to_dict(model.config),
+            **_describe(model),
             "tokenizer_fingerprint": model.tokenizer_fingerprint,
             "weights_sha256": sha256_file(temporary / "model.safetensors"),
         }
         write_json(temporary / "config.json", described | {"sha256": _hash(described)})
 
 
-def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+def load_model(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
     """Build the model that `folder` describes and copy its weights in, one tensor at a time.
 
     `dtype` is that of the file unless given. Raises ValueError when the folder is of another format, the weights do
@@ -47,17 +53,40 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype:
         raise ValueError(f"{folder / 'config.json'} has format {found!r}, this minillm reads format {FORMAT}")
     if described.pop("sha256", None) != _hash(described):
         raise ValueError(f"{folder / 'config.json'} is damaged or was edited: its content does not fit its sha256")
-    config = from_dict(ModelConfig, described["model"], where=f"{folder / 'config.json'}: ")
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise ValueError(f"{folder} has a config.json but no model.safetensors")
     if sha256_file(weights) != described["weights_sha256"]:
         raise ValueError(f"{weights} is damaged: its checksum is not the one in config.json. Copy it again or retrain.")
     with torch.device("meta"):
-        model = build(config)  # shapes only: the weights come from the file, not from a random generator
+        model = build_described(described, where=f"{folder / 'config.json'}: ")  # shapes only: the file has the weights
     _fill(model, weights, device, dtype)
     model.tokenizer_fingerprint = described["tokenizer_fingerprint"]
+    if described.get("origin"):
+        model.origin = described["origin"]
     return model.eval()
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """What `build_described` builds the same model from, without its weights."""
+    kinds = {cls: kind for kind, cls in RECURRENT.items()}
+    return {
+        "kind": kinds.get(type(model)),
+        "model": to_dict(model.config),
+        "head": to_dict(model.head_config) if isinstance(model, Head) else None,
+        "lm_head": not isinstance(model, Head) and getattr(model, "lm_head", None) is not None,
+        "origin": getattr(model, "origin", None),  # the Hub's config.json it was loaded from, for saving back
+    }
+
+
+def build_described(described: dict[str, Any], where: str = "") -> nn.Module:
+    """A new model of the shape that a model folder's config.json describes."""
+    if recurrent := RECURRENT.get(described.get("kind")):
+        return recurrent(from_dict(RecurrentConfig, described["model"], where=where))
+    config = from_dict(ModelConfig, described["model"], where=where)
+    if head := described.get("head"):
+        return put_head(build_body(config), from_dict(HeadConfig, head, where=where))
+    return MODELS[config.kind](config) if described.get("lm_head", True) else build_body(config)
 
 
 def _hash(described: dict[str, Any]) -> str:
@@ -74,7 +103,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _fill(model: Decoder, path: Path, device: torch.device | str, dtype: torch.dtype | None) -> None:
+def _fill(model: nn.Module, path: Path, device: torch.device | str, dtype: torch.dtype | None) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:

@@ -19,7 +19,7 @@ def test_embeds_are_the_same_door_as_tokens(tiny_decoder, tokens):
             tiny_decoder(**wrong)
 
 
-@pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal"])
+@pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal", "relative"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_variant_is_causal_and_caches(positions, tied):
     fields = dict(positions=positions, tie_embeddings=tied, norm="layer", mlp="plain", activation="gelu", mlp_bias=True)

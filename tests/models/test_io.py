@@ -7,8 +7,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import minillm
 from minillm.files import sha256_file
-from minillm.models import ModelConfig, build, load_model, save_model, weights_fingerprint
+from minillm.models import (
+    HeadConfig,
+    ModelConfig,
+    build,
+    build_with_head,
+    load_model,
+    save_hf,
+    save_model,
+    weights_fingerprint,
+)
+from minillm.models.build import build_body
+from minillm.models.recurrent import RecurrentConfig, RecurrentLM
+from minillm.models.recurrent_seq2seq import RecurrentEncoderDecoder
+from minillm.ops import RopeScaling
+
+SMALL = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 4}
 
 
 @pytest.fixture
@@ -120,3 +136,61 @@ def test_missing_weights_file(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has a config.json but no model.safetensors"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "config, head",
+    [
+        (ModelConfig(**SMALL, kind="encoder", token_types=2, positions="learned"), None),
+        (ModelConfig(**SMALL, kind="encoder_decoder", positions="relative", num_decoder_layers=1), None),
+        (ModelConfig(**SMALL, kind="encoder_decoder", tie_embeddings=False), HeadConfig(task="classification")),
+        (ModelConfig(**SMALL, sliding_window=(3, 0), rope_scaling=RopeScaling(factor=4.0)), None),
+        (ModelConfig(**SMALL, attention_bias="qkv", qk_norm=True), HeadConfig(task="tagging", num_labels=5)),
+        (ModelConfig(**SMALL, kind="encoder"), HeadConfig(task="masked_lm")),
+    ],
+)
+def test_every_kind_of_model_and_head_comes_back(config, head, tmp_path, tokens):
+    model = (build(config) if head is None else build_with_head(config, head)).eval()
+    save_model(model, tmp_path / "m")
+    loaded = load_model(tmp_path / "m")
+    inputs = (tokens, tokens[:, :4]) if config.kind == "encoder_decoder" and head is None else (tokens,)
+    assert torch.equal(loaded(*inputs), model(*inputs))
+    assert type(loaded) is type(model) and loaded.config == config and getattr(loaded, "head_config", None) == head
+    assert len(list(loaded.parameters())) == len(list(model.parameters())), "what was tied is tied"
+
+
+def test_a_body_without_its_lm_head_comes_back_without(tmp_path, tokens):
+    model = build_body(ModelConfig(**SMALL)).eval()
+    save_model(model, tmp_path / "m")
+    loaded = load_model(tmp_path / "m")
+    assert loaded.lm_head is None and torch.equal(loaded(tokens), model(tokens))
+
+
+def test_recurrent_models_come_back(tmp_path, tokens):
+    for i, model in enumerate(
+        (
+            RecurrentLM(RecurrentConfig(vocab_size=61, hidden_size=12)).eval(),
+            RecurrentEncoderDecoder(RecurrentConfig(vocab_size=61, hidden_size=12, cell="rnn")).eval(),
+        )
+    ):
+        save_model(model, tmp_path / str(i))
+        loaded = load_model(tmp_path / str(i))
+        inputs = (tokens, tokens[:, :4]) if i else (tokens,)
+        assert torch.equal(loaded(*inputs), model(*inputs)) and loaded.config == model.config
+
+
+def test_what_the_hub_said_survives_our_own_format(tmp_path, tokens):
+    save_hf(build(ModelConfig(**SMALL)), tmp_path / "hub")
+    described = json.loads((tmp_path / "hub" / "config.json").read_text()) | {"eos_token_id": 7, "somebody": "else's"}
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(described))
+    model = minillm.load(tmp_path / "hub")
+    save_model(model, tmp_path / "ours")
+    again = minillm.load(tmp_path / "ours")
+    save_hf(again, tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["eos_token_id"] == 7 and back["somebody"] == "else's" and torch.equal(again(tokens), model(tokens))
+
+
+def test_our_models_keep_the_head_they_have(folder):
+    with pytest.raises(ValueError, match="has the head it was saved with: leave out task and num_labels"):
+        minillm.load(folder, task="tagging")
