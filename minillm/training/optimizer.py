@@ -3,15 +3,19 @@
 import torch
 from torch import nn
 
+from minillm.layers import LearnedPositions, RelativePositions
 from minillm.training.config import TrainConfig
+
+TABLES = (nn.Embedding, LearnedPositions, RelativePositions)  # a row of theirs is used only where its index occurs
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over the parameters that require a gradient, and no others.
 
-    Weight decay falls on matrices: parameters of two or more dimensions that belong to no `nn.Embedding`. Not on
-    biases and norms, whose size is no measure of complexity, and not on embeddings: a row is pulled to zero at each
-    step but pushed back only when its word occurs. So did OLMo 2 (arXiv:2501.00656); GPT-2's line decays embeddings.
+    Weight decay falls on matrices: parameters of two or more dimensions that belong to no table of embeddings or
+    positions. Not on biases and norms, whose size is no measure of complexity, and not on tables: a row is pulled to
+    zero at each step but pushed back only when its word or place occurs. So did OLMo 2 (arXiv:2501.00656); GPT-2's line
+    decays embeddings.
     A head that shares the embedding's weight counts as embedding.
     `fused` updates all parameters in one pass over memory, also on a CPU.
     """
@@ -21,7 +25,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             "nothing to train: no parameter of the model requires a gradient; unfreeze some with requires_grad_(True), "
             "or add an adapter, before the trainer is made"
         )
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    embeddings = {id(p) for m in model.modules() if isinstance(m, TABLES) for p in m.parameters(recurse=False)}
     matrices = [p for p in trainable if p.dim() >= 2 and id(p) not in embeddings]
     decayed = {id(parameter) for parameter in matrices}
     groups = [

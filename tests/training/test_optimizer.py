@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from minillm.models import ModelConfig, build
 from minillm.training import TrainConfig, make_optimizer
 
 
@@ -28,6 +29,14 @@ def test_a_tied_head_is_an_embedding(tiny_decoder):
             *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
         )
     }
+
+
+@pytest.mark.parametrize("positions, table", [("learned", "embed_positions"), ("relative", "relative_positions")])
+def test_tables_of_positions_are_not_decayed(positions, table):
+    names = names_by_decay(
+        build(ModelConfig(vocab_size=11, hidden_size=8, num_heads=2, num_layers=1, positions=positions))
+    )
+    assert f"{table}.weight" in names[0.0] and not any(table in name for name in names[0.3])
 
 
 def test_is_adamw_as_torch_writes_it_out():
