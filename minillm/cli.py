@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from minillm import __version__
 from minillm.config import nearest, override
@@ -20,6 +21,8 @@ from minillm.recipes.commands import COMMANDS, Command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for wrong input, 128 + signal (130: Ctrl-C) when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        _prepare_streams()
     # Threads that wait spin shortly, then sleep: beside another busy program several times as fast, alone no slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported, which is later
     try:
@@ -33,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             traceback.print_exc()
         process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"minillm{process}: error: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename is not None and error.strerror
+        print(f"minillm{process}: error: {f'{error.filename}: {named}' if named else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nminillm: interrupted", file=sys.stderr)
@@ -41,6 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # argparse has spoken, or a signal ended training with its state saved
         return error.code if isinstance(error.code, int) else 1
     return 0
+
+
+def _prepare_streams() -> None:
+    """Whatever the terminal: a character that it does not know prints as "?", and what comes in is UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
 
 def _dispatch(words: list[str]) -> None:
@@ -85,6 +97,11 @@ class _Parser(ArgumentParser):
     """An argument parser whose help ends with the keys of the command's config."""
 
     command: Command
+
+    def error(self, message: str) -> NoReturn:
+        if any(not argument.startswith("-") for argument in self.command.arguments):
+            message += '; a text that begins with "-" stands after "--"'
+        super().error(message)
 
     def format_help(self) -> str:
         parts = [super().format_help()]
@@ -156,12 +173,20 @@ def _generate(command: Command, arguments: Namespace) -> None:
 
 
 def _info(command: Command, arguments: Namespace) -> None:
-    print(_load(command.recipe)(arguments.folder))
+    print(_load(command.recipe)(arguments.folder, override(_load(command.config)(), arguments.overrides)))
 
 
 def _text(argument: str) -> str:
     """The argument, or for "-" what comes from standard input, without its last line's end."""
-    return sys.stdin.read().removesuffix("\n") if argument == "-" else argument
+    if argument != "-":
+        return argument
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"standard input is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02X}. Convert it, "
+            "for example: iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None
 
 
 FACES = {"tokenizer show": _show, "generate": _generate, "info": _info}  # the others are recipes with a config

@@ -3,22 +3,32 @@
 Reading is strict: every unknown key, missing key and wrong type is listed in one error, with the nearest names.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 Config = TypeVar("Config")
+MOST_NAMED = 8  # names that stand in for a list when none is near
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """The names in `options` that look most like `name`, to stand after "did you mean"; all of them if none does."""
+    """The names in `options` that look most like `name`, to stand after "did you mean"; a few of them if none does."""
     options = [str(option) for option in options]
     close = [option for option in options if option.rpartition(".")[2] == name]
     close = close or difflib.get_close_matches(name, options, n=3)
-    return " or ".join(close) if close else "one of " + ", ".join(options)
+    more = f" and {len(options) - MOST_NAMED} more" if len(options) > MOST_NAMED else ""
+    return " or ".join(close) if close else "one of " + ", ".join(options[:MOST_NAMED]) + more
+
+
+def seed_flaw(seed: Any, name: str = "seed") -> list[str]:
+    """[what is wrong with a seed], empty if every generator in use takes it (torch's overflow at 2^64)."""
+    fits = type(seed) is int and 0 <= seed < 1 << 63
+    return [] if fits else [f"{name}={seed!r}: a whole number from 0 to 2^63 - 1 is needed"]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -72,7 +82,9 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     """A copy of `config` with `section.key=value` texts applied, each value read as its field's type says.
 
     Example: `override(PretrainConfig(), ["train.lr=1e-3", "model.tie_embeddings=true", "run=runs/mine"])`.
-    "none" is None, a tuple is written "a,b". What the config filled in by itself (`given`) follows the new values.
+    "none" is None; a tuple is written a,b (spaces around are dropped), or as JSON where an item holds a comma or its
+    spaces count: '[" a", "b,c"]'; pairs are written q_proj:4,v_proj:8. What the config filled in by itself (`given`)
+    follows the new values.
     Raises ValueError listing every assignment that cannot be applied.
     """
     data, known, problems = given(config), _paths(type(config)), []
@@ -92,6 +104,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
                 target = target[section]
             target[name] = _read(known[key], text)
     if problems:
+        if any(f" and {len(known) - MOST_NAMED} more?" in problem for problem in problems):
+            problems.append("(minillm COMMAND --help lists all keys)")
         raise ValueError("\n".join(problems))
     return from_dict(type(config), data)
 
@@ -126,9 +140,9 @@ def _unknown(key: str, cls: type, known: dict[str, Any]) -> str:
 
 def _read(hint: Any, text: str) -> Any:
     """Command-line text as the value its field asks for; text that does not fit stays text, for _value to refuse."""
+    if type(None) in _options(hint) and text.lower() in ("none", "null"):
+        return None  # before a tuple of one word
     for option in _options(hint):
-        if option is type(None) and text.lower() in ("none", "null"):
-            return None
         if option is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if option in (int, float):
@@ -138,11 +152,23 @@ def _read(hint: Any, text: str) -> Any:
             except ValueError:
                 continue
         if typing.get_origin(option) is tuple:
-            item = typing.get_args(option)[0]
-            return [_read(item, part.strip()) for part in text.split(",") if part.strip()]
+            return _read_tuple(typing.get_args(option)[0], text)
         if typing.get_origin(option) is Literal:
             return next((choice for choice in typing.get_args(option) if str(choice) == text), text)
     return text
+
+
+def _read_tuple(item: Any, text: str) -> list[Any]:
+    """A list from JSON or from text with commas; its items may be pairs with a colon."""
+    if text.startswith("["):
+        with contextlib.suppress(json.JSONDecodeError):  # then it is a text that begins with a bracket
+            return json.loads(text)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if typing.get_origin(item) is not tuple:
+        return [_read(item, part) for part in parts]
+    kinds = typing.get_args(item)
+    split = [part.rsplit(":", len(kinds) - 1) for part in parts]
+    return [[_read(kind, piece.strip()) for kind, piece in zip(kinds, pieces, strict=False)] for pieces in split]
 
 
 def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
@@ -173,6 +199,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
+        if len(set(items)) > 1 and items[1] is not ...:
+            return ":".join(map(_describe, items))
         return ("a list" if items[1:] == (...,) else f"{len(items)} values") + ", each " + _describe(items[0])
     if len(_options(hint)) > 1:
         return " or ".join(_describe(option) for option in _options(hint))

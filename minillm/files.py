@@ -10,6 +10,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+
+class WriteError(OSError):
+    """`path` could not be written, for `reason`."""
+
+    def __init__(self, path: str | Path, reason: object):
+        super().__init__(f"{path} cannot be written: {reason}")
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let what fails inside say in one line that `path` cannot be written, and why: a full disk names no file."""
+    try:
+        yield
+    except WriteError as error:  # of a temporary file within
+        raise WriteError(path, error.reason) from error
+    except OSError as error:
+        raise WriteError(path, error.strerror or error) from error
+    except SafetensorError as error:
+        raise WriteError(path, error) from error
+
 
 def _sync_folder(folder: Path) -> None:
     """Ask the disk to remember the names in `folder`: without it a power cut may forget a rename."""
@@ -24,9 +47,12 @@ def _sync_folder(folder: Path) -> None:
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:
     """Write `path` so that a reader, or a crash at any moment, sees the old content or the new one, never a part."""
-    path = Path(path)
+    with naming(path):
+        _write(Path(path), content.encode() if isinstance(content, str) else content)
+
+
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -52,9 +78,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Example: `with atomic_folder("run/model") as folder: save_file(tensors, folder / "model.safetensors")`
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with naming(path), _temporary_folder(path) as temporary:
         yield temporary
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
@@ -68,10 +92,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _replace_folder(path, temporary)
         else:
             os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`; on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(path.parent)
 
 
 def _replace_folder(path: Path, new: Path) -> None:
@@ -115,6 +148,10 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
         raise ValueError(f"{path} does not exist; its folder holds: {beside}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from None
     except json.JSONDecodeError as error:

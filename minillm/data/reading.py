@@ -1,4 +1,4 @@
-"""Files to documents: plain text, folders, JSON lines, tables; `.gz` of each."""
+"""Files to documents: plain text, folders, JSON, tables; `.gz` of each."""
 
 import codecs
 import csv
@@ -39,6 +39,7 @@ def read_documents(
     """All documents under `path`, in a fixed order; ValueError names every line or file that cannot be read.
 
     .jsonl  one JSON object a line, {"text": ..} or {"prompt": .., "completion": ..}; other fields are ignored
+    .json   a list of such objects, or of texts; only if it is named itself: in folders it is as often a config
     .tsv    one row a line, cells between tabs as they stand (quotes mean nothing)
     .csv    as spreadsheets write it; in both tables the first row names the columns, unless columns are numbers
     folder  every file below it with one of `extensions` or of the above (hidden ones not), sorted by path
@@ -147,6 +148,27 @@ def _read_json_lines(file: Path, content: str, fields: Fields) -> Iterator[Docum
     yield from _documents(file, records, fields, broken)
 
 
+def _read_json(file: Path, content: str, fields: Fields) -> Iterator[Document]:
+    try:
+        records = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file} is not JSON: line {error.lineno}, column {error.colno}: {error.msg} (one object a "
+            "line is called .jsonl, plain text .txt)"
+        ) from None
+    if not isinstance(records, list):
+        raise ValueError(
+            f"{file} holds a JSON {type(records).__name__}; a list of records is needed, or in .jsonl one object a line"
+        )
+    numbered = [(n, {fields.text: r} if isinstance(r, str) else r) for n, r in enumerate(records, start=1)]
+    broken = [
+        f"record {n}: a JSON {type(r).__name__} instead of an object or text"
+        for n, r in numbered
+        if not isinstance(r, dict)
+    ]
+    yield from _documents(file, [(n, r) for n, r in numbered if isinstance(r, dict)], fields, broken, "record")
+
+
 def _read_tsv(file: Path, content: str, fields: Fields) -> Iterator[Document]:
     lines = enumerate((line.removesuffix("\r") for line in content.split("\n")), start=1)
     yield from _read_table(file, [(number, line.split("\t")) for number, line in lines if line], fields)
@@ -174,20 +196,22 @@ def _read_table(file: Path, rows: list[tuple[int, list[str]]], fields: Fields) -
     yield from _documents(file, [(n, dict(zip(header, row, strict=False))) for n, row in body], fields, broken)
 
 
-def _documents(file: Path, records: list[tuple[int, dict]], fields: Fields, broken: list[str]) -> Iterator[Document]:
+def _documents(
+    file: Path, records: list[tuple[int, dict]], fields: Fields, broken: list[str], unit: str = "line"
+) -> Iterator[Document]:
     """One document a record; every broken record of the file is named in one error."""
     good: list[Document] = []
     for number, record in records:
         found = [field for field in fields if field in record]
         wrong = [f"{field!r} {flaw}" for field in found if (flaw := _flaw(record[field]))]
         if wrong:
-            broken.append(f"line {number}: {', '.join(wrong)}")
+            broken.append(f"{unit} {number}: {', '.join(wrong)}")
         elif found == [fields.text]:
             good.append(Document(f"{file}:{number}", record[fields.text]))
         elif found == [fields.prompt, fields.completion]:
             good.append(Document(f"{file}:{number}", record[fields.prompt], record[fields.completion]))
         else:
-            broken.append(f"line {number}: has {[*map(str, record)][:8]}")
+            broken.append(f"{unit} {number}: has {[*map(str, record)][:8]}")
     if broken:
         more = [f"and {len(broken) - MOST_NAMED} more"] if len(broken) > MOST_NAMED else []
         raise ValueError(
@@ -208,6 +232,7 @@ def _flaw(value: object) -> str:
 
 READERS: dict[str, Callable[[Path, str, Fields], Iterator[Document]]] = {
     ".jsonl": _read_json_lines,
+    ".json": _read_json,
     ".tsv": _read_tsv,
     ".csv": _read_csv,
 }

@@ -75,7 +75,10 @@ class TokenFile:
             elif verify and sha256_file(path) != digest:
                 wrong.append(f"{name} has the right size but other content than was written")
         if wrong:
-            raise ValueError(f"token file {folder} is damaged: {'; '.join(wrong)}. Write it again with write_tokens.")
+            raise ValueError(
+                f"token file {folder} is damaged: {'; '.join(wrong)}. Put it back from a copy, or write it again: "
+                "a new run does, or write_tokens in Python"
+            )
         return cls(folder, meta)
 
 

@@ -96,7 +96,7 @@ def _loss_and_gradients(model: nn.Module, batch: Any, loss_fn: Callable) -> tupl
     """The loss, after its backward; and whether reentrant checkpointing cut the way to a frozen input."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loss = loss_fn(model, batch).value
+        loss = _value(loss_fn(model, batch))
         if loss.requires_grad:
             loss.backward()
     cut = [w for w in caught if REENTRANT in str(w.message)]
@@ -104,6 +104,17 @@ def _loss_and_gradients(model: nn.Module, batch: Any, loss_fn: Callable) -> tupl
         if warning not in cut:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return loss.item(), bool(cut)
+
+
+def _value(returned: Any) -> Tensor:
+    value = getattr(returned, "value", None)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(
+            f"the loss function returned a {type(returned).__name__} without a scalar tensor as .value. Write: "
+            "return Loss(value, weight), with the mean as value and as weight the number of tokens or examples that it "
+            "is a mean over (from minillm.training import Loss)"
+        )
+    return value
 
 
 def _gradient(name: str, parameter: Tensor, parameters: dict[str, nn.Parameter]) -> str:

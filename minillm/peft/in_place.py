@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minillm.peft.method import Method, Plan, refuse
-from minillm.peft.names import find, join, original_modules, original_parameters, ties_across
+from minillm.peft.names import find, join, names_of, original_modules, original_parameters, ties_across
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,13 @@ class PartialConfig(Method):
     modules: tuple[str, ...] = ("lm_head",)
     untie: bool = False
 
+    def __post_init__(self):
+        problems: list[str] = []
+        object.__setattr__(self, "modules", names_of("modules", self.modules, problems))
+        if type(self.untie) is not bool:
+            problems.append(f"untie: True or False, not {self.untie!r}")
+        refuse(problems, "PartialConfig:")
+
     def plan(self, model: nn.Module) -> Plan:
         problems: list[str] = []
         names = find((name for name, _, _ in original_modules(model)), self.modules, problems, "module")
@@ -48,9 +55,9 @@ class PartialConfig(Method):
             if not original_parameters(model, [name]):
                 problems.append(f"{name} has no parameters")
         if not self.untie:
-            hint = ", or give PartialConfig(untie=True)"
+            hint = ", or give PartialConfig(untie=True) (partial.untie=true)"
             problems += [f"{name}: {problem}{hint}" for name, problem in ties_across(model, names).items()]
-        if not self.modules:
+        if self.modules == ():
             problems.append('name at least one module, such as "lm_head"')
         refuse(problems, f"partial tuning does not fit this {type(model).__name__}, which is unchanged:")
         return _plan(tuple(names), parameters)

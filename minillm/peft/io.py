@@ -70,12 +70,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     if tuning_of(model) is not None:
         problems.append("the model is tuned already; merge(model) or unload(model) it first")
     plan = None if problems else _plan(model, config, problems)
-    tensors = _read(folder / WEIGHTS, own.get("weights_sha256", "none") if own else None, problems)
+    damage: list[str] = []
+    tensors = _read(folder / WEIGHTS, own.get("weights_sha256", "none") if own else None, damage)
+    refuse(damage, f"the adapter in {folder} is damaged, so nothing was loaded:")
     if plan is not None:
         if own and check_base and fingerprint(model, plan.parameters) != own.get("base_fingerprint"):
-            problems.append("it was trained on a base with other weights; check_base=False uses it all the same")
-        if tensors is not None:
-            problems += _misfits(plan, tensors)
+            problems.append(
+                "it was trained on a base with other weights: give that one (in Python, check_base=False uses this)"
+            )
+        problems += _misfits(plan, tensors)
     if own.get("tokenizer_fingerprint") and _tokenizer(model) not in (None, own["tokenizer_fingerprint"]):
         problems.append("it was trained with another tokenizer than this model's")
     refuse(problems, f"the adapter in {folder} does not fit this {type(model).__name__}, which is unchanged:")

@@ -15,6 +15,7 @@ from minillm.peft.names import (
     collapse,
     find,
     is_linear,
+    names_of,
     original_modules,
     original_parameters,
     tie,
@@ -39,7 +40,8 @@ class LoraConfig(Method):
 
     A target is the end of a module's path, whole segments ("q_proj", "mlp.up_proj"), or "all-linear": every linear
     layer but the output head. Trainable values: R * (Din + Dout), summed over the layers.
-    `rank_pattern` and `alpha_pattern` give some targets a value of their own: (("v_proj", 4),).
+    `rank_pattern` and `alpha_pattern` give some targets a value of their own: (("v_proj", 4),) or {"v_proj": 4}, on the
+    command line lora.rank_pattern=v_proj:4,k_proj:2.
     `trainable` names modules that train in full beside the adapters and are saved with them, such as a new head.
     """
 
@@ -51,20 +53,27 @@ class LoraConfig(Method):
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dropout: float = 0.0
     rslora: bool = False
-    rank_pattern: tuple[tuple[str, int], ...] = ()
-    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # q_proj:4,v_proj:8
+    alpha_pattern: tuple[tuple[str, float], ...] = ()  # q_proj:8,v_proj:16
     trainable: tuple[str, ...] = ()
 
     def __post_init__(self):
-        ranks, alphas = (("rank", self.rank), *self.rank_pattern), (("alpha", self.alpha), *self.alpha_pattern)
-        problems = [f"{name}: a rank is at least 1, not {value}" for name, value in ranks if value < 1]
-        problems += [f"{name}: an alpha is above 0, not {value}" for name, value in alphas if not 0 < value < math.inf]
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout: a probability in [0, 1), not {self.dropout}")
+        problems: list[str] = []
         for name in ("targets", "trainable"):
-            if isinstance(value := getattr(self, name), str):
-                problems.append(f"{name}: a tuple of names, not the text {value!r}; write ({value!r},)")
-        if not self.targets:
+            object.__setattr__(self, name, names_of(name, getattr(self, name), problems))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, _pairs(name, getattr(self, name), problems))
+        for name, value in (("rank", self.rank), *self.rank_pattern):
+            if type(value) is not int or value < 1:
+                problems.append(f"{name}: a rank is a whole number, at least 1, not {value!r}")
+        for name, value in (("alpha", self.alpha), *self.alpha_pattern):
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                problems.append(f"{name}: an alpha is a number above 0, not {value!r}")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            problems.append(f"dropout: a probability in [0, 1), not {self.dropout!r}")
+        if type(self.rslora) is not bool:
+            problems.append(f"rslora: True or False, not {self.rslora!r}")
+        if self.targets == ():
             problems.append(f'targets: name at least one, such as "q_proj", or "{ALL_LINEAR}"')
         refuse(problems, "LoraConfig:")
 
@@ -96,6 +105,12 @@ class LoraConfig(Method):
     def _find(self, modules: Mapping, linears: Mapping, problems: list[str]) -> list[str]:
         """The names that the targets and patterns mean; what they do not find goes to `problems`."""
         named = [target for target in self.targets if target != ALL_LINEAR]
+        if "" in linears:
+            problems.append(
+                "it is a linear layer itself, and an adapter takes the place of one inside a model: put it into one, "
+                'such as nn.Sequential(layer), with the target "0"'
+            )
+            return []
         names = find(modules, named, problems, "module", suggest=linears)
         if ALL_LINEAR in self.targets:
             names = [name for name in linears if name in names or name.rpartition(".")[2] not in HEADS]
@@ -174,6 +189,17 @@ class LoraConfig(Method):
         unknown = [f"{name} = {value!r}" for name, value in rest.items() if value and value != "none"]
         refuse(unknown, "the adapter needs what this LoRA cannot do:")
         return cls(**config)
+
+
+def _pairs(name: str, value: Any, problems: list[str]) -> tuple[tuple[str, Any], ...]:
+    """A pattern as a tuple of pairs, from that or a dict; what is neither is a problem."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if isinstance(pairs, list | tuple) and all(
+        isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
+    ):
+        return tuple((target, number) for target, number in pairs)
+    problems.append(f'{name}: targets with a number each, such as {{"v_proj": 4}}, not {value!r}')
+    return ()
 
 
 def _together(problems: Iterable[tuple[str, str]]) -> list[str]:

@@ -7,6 +7,7 @@ also where a first one has put a wrapper around `mlp`, and a base weight keeps i
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -66,7 +67,10 @@ def tied_parameters(model: nn.Module) -> dict[str, list[str]]:
 def tie(name: str, tied: dict[str, list[str]]) -> str:
     """Why the parameter `name` cannot be changed alone."""
     others = ", ".join(other for other in tied[name] if other != name)
-    return f"its weight is tied with {others}, which would change too; untie them first (tie_embeddings=False)"
+    return (
+        f"its weight is tied with {others}, which would change too; untie them first (tie_embeddings=False in the "
+        "base's ModelConfig; minillm pretrain model.tie_embeddings=false)"
+    )
 
 
 def ties_across(model: nn.Module, within: Sequence[str]) -> dict[str, str]:
@@ -102,6 +106,15 @@ def find(
             guess = nearest(target.rpartition(".")[2], [end for end in ends if not end.isdigit()])
             problems.append(f"{target!r} matches no {what}; did you mean {guess}?")
     return [name for name in names if found[name]]
+
+
+def names_of(field: str, value: Any, problems: list[str]) -> tuple[str, ...] | None:
+    """A config's names as a tuple; None, and a problem, if they are no list or tuple of names."""
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    given = f"the text {value!r}; write ({value!r},)" if isinstance(value, str) else repr(value)
+    problems.append(f"{field}: a tuple of names, not {given}")
+    return None
 
 
 def collapse(names: Iterable[str]) -> list[str]:

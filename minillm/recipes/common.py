@@ -1,23 +1,34 @@
 """What the recipes share: the text they read, starting and resuming a run, tables on the screen."""
 
+import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from minillm.config import from_dict, to_dict
+from minillm.config import from_dict, seed_flaw, to_dict
 from minillm.data import Document, corpus_summary, read_documents, split_documents, write_tokens
 from minillm.files import atomic_folder, read_json, write_json
+from minillm.recipes.locate import quote
 from minillm.recipes.plots import plot_losses
 from minillm.tokenizers import Tokenizer
-from minillm.training import Interrupted, Records, Trainer, create_run_folder, is_main, read_run_config
+from minillm.training import (
+    Interrupted,
+    Records,
+    Trainer,
+    create_run_folder,
+    is_main,
+    list_checkpoints,
+    read_run_config,
+)
 from minillm.training.distributed import from_main
 from minillm.training.run_folder import refuse_a_used_folder
 from minillm.training.state import MAY_CHANGE
 
 Config = TypeVar("Config")
+NEARLY = 0.98  # a held-out loss above this share of ln(vocabulary) is that of a model that learned nothing
 
 
 @dataclass(frozen=True)
@@ -27,14 +38,16 @@ class CorpusConfig:
     train: str = ""  # file or folder to learn from
     held_out: str = ""  # file or folder to measure on; when empty, a share of the documents in train
     held_out_share: float = 0.05  # of the characters, in whole documents
-    text: str = "text"  # field of a record (.jsonl, .tsv, .csv) with a plain text; a number: a column, counted from 0
+    text: str = "text"  # field of a record (JSON or table) with a plain text; a number: a column, counted from 0
     prompt: str = "prompt"  # or these two: only the completion is learned
     completion: str = "completion"
     seed: int = 0  # of the split and of the order of training
 
     def __post_init__(self):
         wrong = [] if 0 < self.held_out_share < 1 else [f"held_out_share={self.held_out_share}: between 0 and 1"]
-        wrong += [] if self.seed >= 0 else [f"seed={self.seed}: at least 0"]
+        wrong += seed_flaw(self.seed)
+        if self.held_out and self.held_out_share != CorpusConfig.held_out_share:
+            wrong.append(f"held_out_share={self.held_out_share} has no effect beside held_out: give one of them")
         if wrong:
             raise ValueError("this data cannot be used: " + "; ".join(wrong))
 
@@ -44,6 +57,7 @@ class DataConfig(CorpusConfig):
     """Which text to use, and how it becomes batches."""
 
     length: int = 256  # tokens in a row
+    rows: Literal["auto", "packed", "padded"] = "auto"  # auto: padded, one document a row, if any has a prompt
     batch_size: int = 16  # rows in a batch, of all processes together
     eval_batches: int = 20  # of held-out text measured during training (0: all); the final report measures all
     isolate_documents: bool = False  # in packed rows, a document does not see the one before it
@@ -69,15 +83,28 @@ def read_corpus(config: CorpusConfig) -> tuple[list[Document], list[Document]]:
     named = {"text": config.text, "prompt": config.prompt, "completion": config.completion}
     fields = {role: int(name) if name.isdecimal() else name for role, name in named.items()}
     documents = read_documents(config.train, **fields)
+    held_out = read_documents(config.held_out, **fields) if config.held_out else []
+    _check_fields_count(config, documents + held_out)
     if not config.held_out:
         return split_documents(documents, config.held_out_share, config.seed)
-    held_out, seen = read_documents(config.held_out, **fields), {(d.text, d.completion) for d in documents}
+    seen = {(d.text, d.completion) for d in documents}
     if leaked := [d.name for d in held_out if (d.text, d.completion) in seen]:
         raise ValueError(
             f"{len(leaked)} of {len(held_out)} held-out documents are also in data.train={config.train}, so they would "
             f"measure memory: {', '.join(leaked[:5])}. Keep them apart, or leave data.held_out out to split by itself"
         )
     return documents, held_out
+
+
+def _check_fields_count(config: CorpusConfig, documents: list[Document]) -> None:
+    defaults = {"prompt": CorpusConfig.prompt, "completion": CorpusConfig.completion}
+    given = [f"data.{name}={getattr(config, name)}" for name in defaults if getattr(config, name) != defaults[name]]
+    if given and all(document.completion is None for document in documents):
+        files = " and ".join(filter(None, (config.train, config.held_out)))
+        raise ValueError(
+            f"{' and '.join(given)} have no effect: no record of {files} has a prompt and a completion. "
+            "Leave them out, or bring records (.jsonl, .json, .tsv, .csv)"
+        )
 
 
 def write_data(run: Path, training: list[Document], held_out: list[Document], tokenizer: Tokenizer) -> None:
@@ -103,14 +130,16 @@ def find_run(config: Any, recipe: str, resume: bool) -> Path:
     run = Path(from_main(lambda: config.run or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
     if resume:
         _check_resumable(config, saved_config(type(config), run, recipe), run)
-    elif is_main():
-        refuse_a_used_folder(run)
+    else:
+        from_main(lambda: refuse_a_used_folder(run))
     return run
 
 
 def saved_config(cls: type[Config], run: str | Path, recipe: str) -> Config:
     """The config with which `recipe` began the run in this folder."""
     run = Path(run)
+    if run.is_file():
+        raise ValueError(f"there is no run to resume: {run} is a file; name the run's folder")
     if not run.is_dir():
         raise ValueError(f"there is no run to resume: {run} does not exist (working folder: {Path.cwd()})")
     if not (run / "config.json").exists():
@@ -146,21 +175,57 @@ def train(trainer: Trainer, config: Any, recipe: str, resume: bool) -> None:
     if not resume:
         create_run_folder(run, described)
     else:
+        if (run / "report.json").is_file() and not list_checkpoints(run):
+            raise ValueError(f"{run} is finished, but its checkpoints/ are gone, so it cannot go on: use it as it is")
         step = trainer.resume()
         say(f"{run} goes on after step {step}")
-        if is_main():  # what may change has changed for good
-            write_json(run / "config.json", read_json(run / "config.json") | described)
+        # what may change has changed for good
+        from_main(lambda: write_json(run / "config.json", read_json(run / "config.json") | described))
     try:
         trainer.fit()
     except Interrupted:
-        say(f"Go on with: minillm {recipe} run={run} --resume")
+        say(f"Go on with: minillm {recipe} run={quote(run)} --resume")
         raise
+    if trainer.stopped:
+        say(f"stopped at step {trainer.step}: {trainer.stopped}")
+    if trainer.weights_step != trainer.step:
+        say(f"the result are the weights of step {trainer.weights_step}, the best of those evaluated")
 
 
 def report_timing(trainer: Trainer) -> dict[str, float]:
-    """Steps, tokens and seconds of training, all interruptions together."""
+    """Steps, the one whose weights are the result, tokens and seconds of training, all interruptions together."""
     seconds = sum(record["seconds"] for record in trainer.timing.read())
-    return {"steps": trainer.step, "tokens": trainer.tokens, "seconds": seconds}
+    return {
+        "steps": trainer.step,
+        "weights_of_step": trainer.weights_step,
+        "tokens": trainer.tokens,
+        "seconds": seconds,
+    }
+
+
+def doubts(began: float, ended: float, held_out: float, vocab_size: int) -> list[str]:
+    """What went wrong with a run by its losses: at its beginning and end, and on held-out text."""
+    found, uniform = [], math.log(vocab_size)
+    if not ended <= began:  # also if it is not a number
+        found.append(
+            f"the loss ended higher than it began ({began:.4f}, then {ended:.4f}): try a lower learning rate, or look "
+            "for broken text"
+        )
+    if not held_out < NEARLY * uniform:
+        found.append(
+            f"the held-out loss of {held_out:.4f} is no better than guessing every token alike (ln {vocab_size} = "
+            f"{uniform:.4f}): the model has learned next to nothing; train longer or with another learning rate"
+        )
+    for line in found:
+        say(f"warning: {line}")
+    return found
+
+
+def began_and_ended(run: Path) -> tuple[float, float]:
+    """The mean training loss in the first and in the last tenth of a run's records."""
+    losses = [record["loss"] for record in Records(run / "metrics.jsonl").read() if "loss" in record]
+    tenth = max(1, len(losses) // 10)
+    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
 def draw_losses(run: Path, title: str) -> None:

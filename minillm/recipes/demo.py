@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minillm.config import to_dict
+from minillm.config import seed_flaw, to_dict
 from minillm.data import (
     Document,
     PackedLoader,
@@ -60,8 +60,16 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self):
+        wrong = seed_flaw(self.seed)
         if self.length > self.model.max_positions:
-            raise ValueError(f"length={self.length} is more than model.max_positions={self.model.max_positions}")
+            wrong.append(f"length={self.length} is more than model.max_positions={self.model.max_positions}")
+        for section in ("pretrain", "tune"):
+            if getattr(self, section).eval_every:  # patience needs it too
+                wrong.append(
+                    f"{section}.eval_every has no effect: the demo measures when a training is over; leave it 0"
+                )
+        if wrong:
+            raise ValueError("\n".join(wrong))
 
     def methods(self) -> dict[str, tuple[Method, TrainConfig]]:
         """name -> what trains, and how."""

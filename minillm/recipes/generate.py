@@ -7,29 +7,32 @@ from typing import Literal
 
 import torch
 
+from minillm.config import seed_flaw
 from minillm.generation import sampler, stream_text
 from minillm.peft import merge
 from minillm.recipes.locate import load
 from minillm.training.distributed import pick_device
+
+MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """`minillm generate`: how to continue a prompt. The same seed gives the same text."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None  # none: 128, or as many as the model's positions leave room for
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int | None = None  # draw from this many most likely tokens only
     top_p: float | None = None  # or from the fewest whose probabilities reach this sum
     seed: int = 0
-    stop: tuple[str, ...] = ()  # end before any of these texts (a,b); \n ends a line; spaces around are dropped
+    stop: tuple[str, ...] = ()  # end before these texts: a,b or, where spaces count, '[" a", " b"]'; \n ends a line
     base: str = ""  # of an adapter whose base was moved
     merge: bool = False  # fold a LoRA into the weights first: faster, equal up to rounding
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: at least 0")
+        if wrong := seed_flaw(self.seed):
+            raise ValueError(*wrong)
 
 
 def generate(folder: str | Path, prompt: str, config: GenerateConfig) -> Iterator[str]:
@@ -47,4 +50,6 @@ def generate(folder: str | Path, prompt: str, config: GenerateConfig) -> Iterato
     size = model.config.vocab_size
     choose = sampler(config.temperature, config.top_k, config.top_p, generator, vocab_size=size)
     stop = [text.replace("\\n", "\n") for text in config.stop]
-    return stream_text(model, tokenizer, prompt, max_new_tokens=config.max_new_tokens, sampler=choose, stop=stop)
+    room = model.config.max_positions - len(tokenizer.encode(prompt))
+    count = max(1, min(MAX_NEW_TOKENS, room)) if config.max_new_tokens is None else config.max_new_tokens
+    return stream_text(model, tokenizer, prompt, max_new_tokens=count, sampler=choose, stop=stop)

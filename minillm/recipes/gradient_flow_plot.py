@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from minillm.models.gradient_flow import gradient_flow
-from minillm.recipes.plots import COLOURS, _figure
+from minillm.recipes.plots import COLOURS, new_figure
 
 
 def plot_gradient_flow(
@@ -28,7 +28,7 @@ def plot_gradient_flow(
             f"nothing can be compared to a gradient at lag 0 that is zero or not finite: {', '.join(dead)}"
         )
     curves = {name: flow / flow[0] for name, flow in flows.items()}
-    with _figure(path) as (axes,):
+    with new_figure(path) as (axes,):
         for colour, (name, curve) in zip(COLOURS * 2, curves.items(), strict=False):
             axes.plot(range(max_lag + 1), curve.cpu(), color=colour, label=name)
         axes.set(xlabel="lag k (steps back)", ylabel="|d loss$_t$ / d h$_{t-k}$|, at lag 0 = 1", yscale="log")

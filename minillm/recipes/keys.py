@@ -46,5 +46,5 @@ def _comments(cls: type) -> dict[str, str]:
 def _text(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
-        return ",".join(map(_text, value))
+        return ",".join(":".join(map(_text, item)) if isinstance(item, list) else _text(item) for item in value)
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

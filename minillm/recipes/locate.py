@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,11 @@ from minillm.files import read_json
 from minillm.models import Decoder, load_model
 from minillm.peft import Report, load_adapter
 from minillm.tokenizers import Tokenizer, check_same, load_tokenizer
+
+
+def quote(path: str | Path) -> str:
+    """A path as one word of a command that a person may copy."""
+    return shlex.quote(str(path))
 
 
 class Located(NamedTuple):
@@ -33,6 +39,11 @@ def locate(path: str | Path) -> Located:
     """The model or adapter of a run folder, model folder or adapter folder; ValueError says what is there instead."""
     path = Path(path)
     for folder in (path, path / "model", path / "adapter"):
+        if (folder / "optimizer.pt").is_file():
+            raise ValueError(
+                f"{path} is a checkpoint, to resume a run from, and no model: when the run is finished, name it itself "
+                f"({path.absolute().parent.parent})"
+            )
         if (folder / "model.safetensors").is_file():
             return Located("model", folder)
         if (folder / "adapter_config.json").is_file():
@@ -41,6 +52,8 @@ def locate(path: str | Path) -> Located:
 
 
 def _what_is_there(path: Path) -> str:
+    if path.is_file():
+        return f"{path} is a file; name the folder of a run, model or adapter, such as {path.parent}"
     if not path.is_dir():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         guess = f"; did you mean {nearest(path.name, sorted(siblings)[:50])}?" if siblings else ""
@@ -48,10 +61,12 @@ def _what_is_there(path: Path) -> str:
     if (path / "config.json").is_file() and (path / "environment.json").is_file():
         recipe = read_json(path / "config.json").get("recipe", "pretrain")
         if recipe == "tokenizer":
-            return f"{path} holds a tokenizer and no model: use it in training with tokenizer.folder={path}"
+            return f"{path} holds a tokenizer and no model: use it in training with tokenizer.folder={quote(path)}"
         if recipe == "demo":
             return f"{path} is a demo: its model is in {path / 'base'}, and tuned in {path / 'LoRA'} and beside it"
-        return f"{path} is a run that has not finished: minillm {recipe} run={path} --resume trains it to its end"
+        return (
+            f"{path} is a run that has not finished: minillm {recipe} run={quote(path)} --resume trains it to its end"
+        )
     return f"{path} is no run, model or adapter; it holds {sorted(entry.name for entry in path.iterdir())[:20]}"
 
 

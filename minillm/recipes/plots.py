@@ -30,7 +30,7 @@ Curve = Sequence[tuple[float, float]]  # (x, y) points
 
 
 @contextlib.contextmanager
-def _figure(path: str | Path, panels: int = 1, size: tuple[float, float] = (7.5, 4.0)) -> Iterator[list[Any]]:
+def new_figure(path: str | Path, panels: int = 1, size: tuple[float, float] = (7.5, 4.0)) -> Iterator[list[Any]]:
     """Axes side by side; when the block ends, the figure is saved to `path`."""
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
@@ -70,7 +70,7 @@ def plot_losses(
 
     `points` has the same titles and names of curves that are measured now and then, such as the held-out loss.
     """
-    with _figure(path, len(panels), (5.0 * len(panels) + 1.0, 4.0)) as figure:
+    with new_figure(path, len(panels), (5.0 * len(panels) + 1.0, 4.0)) as figure:
         for axes, (title, curves) in zip(figure, panels.items(), strict=True):
             _draw_losses(axes, curves, (points or {}).get(title, {}))
             axes.set_title(title)
@@ -78,7 +78,7 @@ def plot_losses(
 
 def plot_learning_rate(path: str | Path, curves: Mapping[str, Curve]) -> None:
     """The learning rate at each step of each run."""
-    with _figure(path) as (axes,):
+    with new_figure(path) as (axes,):
         for colour, (name, curve) in zip(COLOURS * 2, curves.items(), strict=False):
             axes.plot(*zip(*curve, strict=True), color=colour, label=name)
         axes.set(xlabel="optimizer step", ylabel="learning rate", yscale="log")
@@ -89,7 +89,7 @@ def plot_learning_rate(path: str | Path, curves: Mapping[str, Curve]) -> None:
 def plot_attention(path: str | Path, pieces: Sequence[str], maps: Mapping[str, Any]) -> None:
     """One heat map per title; `maps` are (T, T) arrays, row = reading token, column = token it reads from."""
     labels = [piece.replace("\n", "\\n").replace("$", r"\$") for piece in pieces]
-    with _figure(path, len(maps), (1.5 + 4.1 * len(maps), 4.6)) as figure:
+    with new_figure(path, len(maps), (1.5 + 4.1 * len(maps), 4.6)) as figure:
         for axes, (title, weights) in zip(figure, maps.items(), strict=True):
             image = axes.imshow(weights, cmap="cividis", vmin=0.0, vmax=1.0)
             axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, family="monospace")
@@ -105,7 +105,7 @@ def plot_next_token(
 ) -> None:
     """Probabilities of the same few tokens, most likely first, one panel per filter; removed ones are marked with ×."""
     labels = [repr(piece)[1:-1].replace("$", r"\$") for piece in pieces]
-    with _figure(path, len(distributions), (2.0 + 2.3 * len(distributions), 4.4)) as figure:
+    with new_figure(path, len(distributions), (2.0 + 2.3 * len(distributions), 4.4)) as figure:
         for axes, colour, (title, probabilities) in zip(figure, COLOURS, distributions.items(), strict=False):
             axes.barh(range(len(labels)), probabilities, color=colour)
             removed = [i for i, p in enumerate(probabilities) if p == 0]
@@ -122,7 +122,7 @@ def plot_trade_off(
     path: str | Path, methods: Sequence[str], panels: Mapping[str, tuple[float, Sequence[float]]]
 ) -> None:
     """What each method changed; each panel is title -> (value before, values after), with bars from before to after."""
-    with _figure(path, len(panels), (1.5 + 4.5 * len(panels), 1.6 + 0.6 * len(methods))) as figure:
+    with new_figure(path, len(panels), (1.5 + 4.5 * len(panels), 1.6 + 0.6 * len(methods))) as figure:
         for axes, (title, (before, after)) in zip(figure, panels.items(), strict=True):
             changes = [value - before for value in after]
             bars = axes.barh(range(len(methods)), changes, left=before, color=COLOURS[: len(methods)], height=0.6)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
-from minillm.config import to_dict
+from minillm.config import seed_flaw, to_dict
 from minillm.data import TokenFile
 from minillm.files import atomic_folder, write_json
 from minillm.models import ModelConfig, build, count_parameters, save_model
 from minillm.recipes.common import (
     DataConfig,
+    began_and_ended,
+    doubts,
     draw_losses,
     find_run,
     format_table,
@@ -21,10 +23,11 @@ from minillm.recipes.common import (
     train,
     write_data,
 )
-from minillm.recipes.rows import Rows
+from minillm.recipes.locate import quote
+from minillm.recipes.rows import Rows, padded
 from minillm.recipes.tokenizer import TokenizerConfig, make_tokenizer
 from minillm.tokenizers import Tokenizer, load_tokenizer
-from minillm.training import EarlyStopping, ProgressBar, TrainConfig, Trainer, causal_lm_loss, is_main, process_group
+from minillm.training import EarlyStopping, ProgressBar, TrainConfig, Trainer, causal_lm_loss, process_group
 from minillm.training.distributed import from_main
 
 
@@ -43,7 +46,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        wrong = [] if self.seed >= 0 else [f"seed={self.seed}: at least 0"]
+        wrong = seed_flaw(self.seed)
         if self.data.length > self.model.max_positions:
             wrong.append(
                 f"data.length={self.data.length} is more than model.max_positions={self.model.max_positions}: "
@@ -66,11 +69,12 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
             from_main(lambda: _prepare(run, config))
         tokenizer = load_tokenizer(run / "tokenizer")
         config = _with_vocabulary(dataclasses.replace(config, run=str(run)), tokenizer)
-        held_out = Rows(TokenFile.open(run / "data" / "held_out"), config.data)
-        trainer = _trainer(config, run, tokenizer, held_out)
+        texts = [TokenFile.open(run / "data" / side, verify=resume) for side in ("train", "held_out")]
+        one_each = padded(texts[0], config.data)
+        rows, held_out = (Rows(file, config.data, one_each) for file in texts)
+        trainer = _trainer(config, run, tokenizer, rows, held_out)
         train(trainer, config, "pretrain", resume)
-        if is_main():
-            _finish(trainer, tokenizer, held_out)
+        from_main(lambda: _finish(trainer, tokenizer, held_out))
     return run
 
 
@@ -93,15 +97,14 @@ def _with_vocabulary(config: PretrainConfig, tokenizer: Tokenizer) -> PretrainCo
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _trainer(config: PretrainConfig, run: Path, tokenizer: Tokenizer, held_out: Rows) -> Trainer:
+def _trainer(config: PretrainConfig, run: Path, tokenizer: Tokenizer, rows: Rows, held_out: Rows) -> Trainer:
     torch.manual_seed(config.seed)
     model = build(config.model)
     model.tokenizer_fingerprint = tokenizer.fingerprint
-    rows = Rows(TokenFile.open(run / "data" / "train"), config.data)
-    parameters, size = count_parameters(model)["total"], config.data.batch_size * config.data.length
-    tokens = config.train.steps * config.train.accumulate * size
+    seen = config.train.steps * config.train.accumulate * config.data.batch_size  # rows
+    times = seen / rows.file.meta.num_documents if rows.padded else seen * config.data.length / len(rows.file)
     say(f"{tokenizer}; model.vocab_size is set to {tokenizer.vocab_size}")
-    say(f"{parameters:,} parameters; training sees {tokens:,} tokens, {tokens / len(rows.file):.1f} times the text")
+    say(f"{count_parameters(model)['total']:,} parameters; training sees {seen:,} rows, {times:.1f} times the text")
     callbacks = [ProgressBar("pretraining"), held_out.evaluation(), EarlyStopping()]
     identity = {"tokenizer": tokenizer.fingerprint, "model": to_dict(config.model), "seed": config.seed}
     return Trainer(model, causal_lm_loss, rows.loader(), config.train, run, callbacks, identity)
@@ -116,7 +119,8 @@ def _finish(trainer: Trainer, tokenizer: Tokenizer, held_out: Rows) -> None:
     values = held_out.measure(model)
     draw_losses(run, "Pretraining")
     report = {"held_out": values, **report_timing(trainer), "parameters": count_parameters(model)}
+    report["warnings"] = doubts(*began_and_ended(run), values["loss"], tokenizer.vocab_size)
     write_json(run / "report.json", report)
     names = ("loss", "perplexity", "bits_per_byte", "tokens")
     say(format_table([f"held-out {name.replace('_', ' ')}" for name in names], [[values[name] for name in names]]))
-    say(f"Saved in {run}. Try it: minillm generate {run} PROMPT --stream")
+    say(f"Saved in {run}. Try it: minillm generate {quote(run)} PROMPT --stream")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from minillm.data import PackedLoader, PaddedLoader, TokenFile, sequential_batches
 from minillm.data.loader import Loader
 from minillm.evaluation import language_model_loss
-from minillm.recipes.common import DataConfig
+from minillm.recipes.common import DataConfig, say
 from minillm.training import Evaluate, world
 
 
@@ -47,3 +47,15 @@ class Rows:
         """The callback that measures the first `eval_batches` batches during training."""
         some = self.data.eval_batches or None
         return Evaluate(lambda model: language_model_loss(model, islice(self.batches(), some)))
+
+
+def padded(file: TokenFile, config: DataConfig) -> bool:
+    """Whether each document has a row of its own; said to the user, with the reason."""
+    prompts = bool((file.counted > file.starts).any())
+    found = prompts if config.rows == "auto" else config.rows == "padded"
+    why = f"there are {'prompts' if prompts else 'no prompts'}" if config.rows == "auto" else f"data.rows={config.rows}"
+    if found and config.isolate_documents:
+        raise ValueError(f"data.isolate_documents=true is for packed rows, and these are padded ({why}): leave it out")
+    kind = "padded rows, one document each" if found else "packed rows, documents end to end"
+    say(f"{kind} ({why}): {file.meta.num_documents:,} documents, {len(file):,} tokens")
+    return found

@@ -9,9 +9,11 @@ from minillm.config import to_dict
 from minillm.data import Document
 from minillm.files import atomic_folder, write_json
 from minillm.recipes.common import CorpusConfig, find_run, format_table, read_corpus, say
-from minillm.recipes.locate import find_tokenizer
+from minillm.recipes.locate import find_tokenizer, quote
 from minillm.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from minillm.training import create_run_folder
+
+VOCAB_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,23 @@ class TokenizerConfig:
     """Which tokenizer. Bytes have 259 ids and characters as many as there are different ones; neither has a size."""
 
     kind: Literal["bpe", "unigram", "bytes", "characters"] = "bpe"
-    vocab_size: int = 4096  # of bpe and unigram, byte and special tokens included
+    vocab_size: int | None = None  # of bpe and unigram, byte and special tokens included; none: 4096
+    character_coverage: float = 0.9995  # of bpe and unigram: share of the characters with pieces, the rest is bytes
     folder: str = ""  # use the tokenizer saved there (also that of a run or model) instead of making one
+
+    def __post_init__(self):
+        learned = {"vocab_size": None, "character_coverage": TokenizerConfig.character_coverage}
+        unused = [name for name, default in learned.items() if getattr(self, name) != default]
+        wrong = []
+        if self.folder and (unused or self.kind != TokenizerConfig.kind):
+            names = unused + ["kind"] * (self.kind != TokenizerConfig.kind)
+            wrong.append(f"folder={self.folder} uses a tokenizer as it is: leave {', '.join(names)} out")
+        elif unused and self.kind in ("bytes", "characters"):
+            wrong.append(f"kind={self.kind} has no {' and no '.join(unused)}: leave it out, or choose bpe or unigram")
+        if not 0 < self.character_coverage <= 1:
+            wrong.append(f"character_coverage={self.character_coverage}: above 0 and at most 1")
+        if wrong:
+            raise ValueError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,8 @@ def make_tokenizer(config: TokenizerConfig, documents: Sequence[Document]) -> To
             return ByteTokenizer()
         if config.kind == "characters":
             return CharTokenizer.train(texts)
-        return SentencePieceTokenizer.train(texts, config.vocab_size, config.kind)
+        size = VOCAB_SIZE if config.vocab_size is None else config.vocab_size
+        return SentencePieceTokenizer.train(texts, size, config.kind, character_coverage=config.character_coverage)
     except ValueError as error:
         raise ValueError(
             f"tokenizer.{error}" if str(error).startswith("vocab_size") else f"tokenizer: {error}"
@@ -63,7 +81,7 @@ def train_tokenizer(config: TokenizerRunConfig) -> Path:
     say(f"{tokenizer}")
     for name in ("train", "held_out"):
         say(f"{name}: {report[name]['bytes_per_token']:.2f} bytes per token")
-    say(f"Saved in {run}. Look at it: minillm tokenizer show {run} TEXT; use it: tokenizer.folder={run}")
+    say(f"Saved in {run}. Look at it: minillm tokenizer show {quote(run)} TEXT; use it: tokenizer.folder={quote(run)}")
     return run
 
 

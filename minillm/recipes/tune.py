@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import torch
 
-from minillm.config import to_dict
+from minillm.config import seed_flaw, to_dict
 from minillm.data import TokenFile
-from minillm.files import write_json
-from minillm.models import Decoder, weights_fingerprint
-from minillm.peft import FullConfig, LoraConfig, Method, PartialConfig, Report, save_adapter
+from minillm.files import atomic_folder, write_json
+from minillm.models import Decoder, save_model, weights_fingerprint
+from minillm.peft import FullConfig, LoraConfig, Method, PartialConfig, Report, merge, save_adapter
 from minillm.peft import tune as tune_model
 from minillm.recipes.common import (
     DataConfig,
+    doubts,
     draw_losses,
     find_run,
     folder_bytes,
@@ -26,18 +27,19 @@ from minillm.recipes.common import (
     train,
     write_data,
 )
-from minillm.recipes.locate import Loaded, load_base, locate, note_untied_head
-from minillm.recipes.rows import Rows
-from minillm.training import EarlyStopping, ProgressBar, TrainConfig, Trainer, causal_lm_loss, is_main, process_group
+from minillm.recipes.locate import Loaded, load, load_base, locate, note_untied_head, quote
+from minillm.recipes.rows import Rows, padded
+from minillm.training import EarlyStopping, ProgressBar, TrainConfig, Trainer, causal_lm_loss, process_group
 from minillm.training.distributed import from_main, pick_device
+
+MERGEABLE = ("lora", "full", "partial")
 
 
 @dataclass(frozen=True)
 class TuneDataConfig(DataConfig):
-    """As for pretraining, and how documents fill the rows."""
+    """As for pretraining, with fewer rows in a batch."""
 
     batch_size: int = 8
-    rows: Literal["auto", "packed", "padded"] = "auto"  # auto: padded, one document a row, if any has a prompt
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TuneConfig:
     Full tuning usually wants a learning rate a few times smaller than LoRA.
     """
 
-    base: str = ""  # a pretraining run or a model folder
+    base: str = ""  # a run or a model folder; an adapter is merged into its base first, in run/base
     method: Literal["lora", "full", "partial"] = "lora"
     run: str = ""  # the folder to write; when empty, runs/tune-<date>-<time>
     seed: int = 0  # of the adapter's initial weights
@@ -55,6 +57,14 @@ class TuneConfig:
     partial: PartialConfig = field(default_factory=PartialConfig)
     data: TuneDataConfig = field(default_factory=TuneDataConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, weight_decay=0.0, eval_every=50))
+
+    def __post_init__(self):
+        wrong = seed_flaw(self.seed)
+        for name, section in (("lora", self.lora), ("partial", self.partial)):
+            if name != self.method and section != type(section)():
+                wrong.append(f"method={self.method} uses no key of {name}: leave {name}.* out, or choose method={name}")
+        if wrong:
+            raise ValueError("\n".join(wrong))
 
     @property
     def chosen(self) -> Method:
@@ -66,44 +76,55 @@ def tune(config: TuneConfig, resume: bool = False) -> Path:
     """Tune `config.base` by `config.method` on `config.data.train`; returns the run folder.
 
     The folder holds data/ (token files), checkpoints/, adapter/ (what was trained, and where its base is), plots/ and
-    report.json with the held-out loss before and after, also on the base's own held-out text if the base is a run.
+    report.json with the held-out loss before and after, also on the base's own held-out text if the base is a run;
+    and base/, if `config.base` was tuned itself and had to be merged.
     Resuming and torchrun as in `pretrain`. ValueError for whatever cannot work, before training begins.
     """
     if resume and not config.run:
         raise ValueError("which run? Name it: minillm tune run=FOLDER --resume")
-    config = dataclasses.replace(config, base=str(_base_folder(config.base)))
+    config = dataclasses.replace(config, base=str(_located(config.base)))
     with process_group(config.train.device):
         run = find_run(config, "tune", resume)
-        base = load_base(Path(config.base), pick_device(config.train.device))
+        folder = from_main(lambda: _whole_base(Path(config.base), run, resume))
+        base = load_base(folder, pick_device(config.train.device))
         _check_length(config, base.model)
         if not resume:
             from_main(lambda: write_data(run, *read_corpus(config.data), base.tokenizer))
         config = dataclasses.replace(config, run=str(run))
-        file = TokenFile.open(run / "data" / "train")
-        rows = Rows(file, config.data, _padded(file, config.data))
-        texts = _measured(run, config, rows.padded)
+        file, held_out = (TokenFile.open(run / "data" / side, verify=resume) for side in ("train", "held_out"))
+        rows = Rows(file, config.data, padded(file, config.data))
+        texts = _measured(config, Rows(held_out, config.data, rows.padded))
         before = from_main(lambda: {name: text.measure(base.model) for name, text in texts.items()})
         trainer, report = _trainer(config, run, base, rows, texts["new text"])
         train(trainer, config, "tune", resume)
-        if is_main():
-            after = {name: text.measure(base.model) for name, text in texts.items()}
-            _finish(trainer, config, report, {name: (before[name], after[name]) for name in texts})
+        from_main(lambda: _finish(trainer, config, report, folder, texts, before))
     return run
 
 
-def _base_folder(base: str) -> Path:
+def _located(base: str) -> Path:
     if not base:
-        raise ValueError("base: which model? Name a pretraining run or a model folder, for example base=runs/base")
+        raise ValueError("base: which model? Name a run or a model folder, for example base=runs/base")
     try:
-        kind, folder = locate(base)
+        return locate(base).folder.resolve()
     except ValueError as error:
         raise ValueError(f"base: {error}") from None
-    if kind == "adapter":
-        raise ValueError(
-            f"base={base} is tuned already, and tuning needs a whole model. In Python: load(base).model, "
-            "minillm.peft.merge(model), minillm.models.save_model(model, folder), and its tokenizer.save(folder)"
-        )
-    return folder.resolve()
+
+
+def _whole_base(base: Path, run: Path, resume: bool) -> Path:
+    """The folder `base`, or if that holds an adapter `run/base`, with the adapter merged into its base."""
+    if locate(base).kind == "model":
+        return base
+    whole = run / "base"
+    if not (resume and whole.is_dir()):
+        model, tokenizer, report = load(base)
+        if report.method not in MERGEABLE:
+            raise ValueError(f"base={base} is tuned by {report.method}, which cannot be merged into its base")
+        merge(model)
+        with atomic_folder(whole) as folder:
+            save_model(model, folder)
+            tokenizer.save(folder)
+        say(f"{base} ({report.method}) is merged into its base; the whole model is in {whole}")
+    return whole
 
 
 def _check_length(config: TuneConfig, base: Decoder) -> None:
@@ -114,30 +135,12 @@ def _check_length(config: TuneConfig, base: Decoder) -> None:
         )
 
 
-def _measured(run: Path, config: TuneConfig, padded: bool) -> dict[str, Rows]:
+def _measured(config: TuneConfig, held_out: Rows) -> dict[str, Rows]:
     """The new held-out text, and that of the base's own run, which shows what was forgotten."""
-    texts = {"new text": Rows(TokenFile.open(run / "data" / "held_out"), config.data, padded)}
+    texts = {"new text": held_out}
     if (own := Path(config.base).parent / "data" / "held_out").is_dir():
         texts["the base's text"] = Rows(TokenFile.open(own), config.data)
     return texts
-
-
-def _padded(file: TokenFile, config: TuneDataConfig) -> bool:
-    """Whether each document has a row of its own."""
-    prompts = bool((file.counted > file.starts).any())
-    padded = prompts if config.rows == "auto" else config.rows == "padded"
-    why = (
-        f"data.rows={config.rows}"
-        if config.rows != "auto"
-        else "there are prompts"
-        if prompts
-        else "there are no prompts"
-    )
-    if padded and config.isolate_documents:
-        raise ValueError(f"data.isolate_documents=true is for packed rows, and these are padded ({why}): leave it out")
-    kind = "padded rows, one document each" if padded else "packed rows, documents end to end"
-    say(f"{kind} ({why}): {file.meta.num_documents:,} documents, {len(file):,} tokens")
-    return padded
 
 
 def _trainer(config: TuneConfig, run: Path, base: Loaded, rows: Rows, held_out: Rows) -> tuple[Trainer, Report]:
@@ -152,14 +155,19 @@ def _trainer(config: TuneConfig, run: Path, base: Loaded, rows: Rows, held_out: 
     return Trainer(model, causal_lm_loss, rows.loader(), config.train, run, callbacks, identity), report
 
 
-def _finish(trainer: Trainer, config: TuneConfig, report: Report, measured: dict[str, tuple[dict, dict]]) -> None:
-    """Write adapter/, plots/ and report.json: the same again if it is done twice."""
+def _finish(
+    trainer: Trainer, config: TuneConfig, report: Report, base: Path, texts: dict[str, Rows], before: dict[str, dict]
+) -> None:
+    """Measure, write adapter/, plots/ and report.json: the same again if it is done twice."""
     run = trainer.run_dir
-    base = os.path.relpath(config.base, (run / "adapter").resolve())  # so both can be moved together
-    save_adapter(trainer.model, run / "adapter", base=base)
+    measured = {name: (before[name], text.measure(trainer.model)) for name, text in texts.items()}
+    place = os.path.relpath(base.resolve(), (run / "adapter").resolve())  # so both can be moved together
+    save_adapter(trainer.model, run / "adapter", base=place)
     facts: dict[str, Any] = {"method": config.method, "trainable": report.trainable, "total": report.total}
     facts |= {"percent": report.percent, "adapter_bytes": folder_bytes(run / "adapter")}
     facts |= {"held_out": {name: {"before": b, "after": a} for name, (b, a) in measured.items()}}
+    first, last = (values["loss"] for values in measured["new text"])
+    facts["warnings"] = doubts(first, last, last, trainer.model.config.vocab_size)
     write_json(run / "report.json", facts | report_timing(trainer))
     draw_losses(run, f"Tuning ({config.method})")
     rows = [
@@ -168,4 +176,4 @@ def _finish(trainer: Trainer, config: TuneConfig, report: Report, measured: dict
         for when, values in zip(("before", "after"), pair, strict=True)
     ]
     say(format_table(("held-out", "tuning", "loss", "perplexity", "bits per byte"), rows))
-    say(f"Saved in {run}. Try it: minillm generate {run} PROMPT --stream")
+    say(f"Saved in {run}. Try it: minillm generate {quote(run)} PROMPT --stream")

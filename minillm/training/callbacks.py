@@ -2,11 +2,12 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minillm.training.distributed import from_main, is_main
 
@@ -26,6 +27,9 @@ class Callback:
     def on_eval(self, trainer: "Trainer", name: str, values: Mapping[str, float]) -> None:
         """After an evaluation."""
 
+    def on_finish(self, trainer: "Trainer") -> None:
+        """When the last step is done and saved. What changes the weights now changes the result, not the checkpoint."""
+
     def on_end(self, trainer: "Trainer") -> None:
         """When `fit` ends, in whatever way."""
 
@@ -35,6 +39,13 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that a resumed run must know, by name."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `tensors` gave."""
 
 
 class ProgressBar(Callback):
@@ -96,12 +107,16 @@ class Evaluate(Callback):
 class EarlyStopping(Callback):
     """End the run when `config.patience` evaluations in a row have not lowered the best value seen (0: never).
 
-    Watches `metric` of the evaluation `name`. A value that is not a number counts as no improvement.
+    Watches `metric` of the evaluation `name`. A value that is not a number counts as no improvement. With a patience,
+    the run's result are the weights of the best evaluation: a copy of what trains is kept in main memory and in the
+    checkpoints, and takes the last weights' place when `fit` ends (Prechelt 1998, "Early stopping - but when?").
+    The checkpoint of the last step holds the last weights too, so a longer run goes on from them.
     """
 
     def __init__(self, metric: str = "loss", name: str = "eval"):
         self.metric, self.name = metric, name
-        self.best, self.waited = math.inf, 0
+        self.best, self.best_step, self.waited = math.inf, 0, 0
+        self.weights: dict[str, Tensor] = {}  # of best_step
 
     def on_start(self, trainer: "Trainer") -> None:
         self._judge(trainer)  # a run that was resumed after it had stopped stops again
@@ -111,16 +126,37 @@ class EarlyStopping(Callback):
             return
         if self.metric not in values:
             raise ValueError(f"EarlyStopping watches {self.metric!r}, but {name} gives {', '.join(values)}")
-        improved = values[self.metric] < self.best
-        self.best, self.waited = (values[self.metric], 0) if improved else (self.best, self.waited + 1)
+        if values[self.metric] < self.best:
+            self.best, self.best_step, self.waited = values[self.metric], trainer.step, 0
+            self.weights = trainer.copy_weights() if trainer.config.patience else {}
+        else:
+            self.waited += 1
         self._judge(trainer)
 
     def _judge(self, trainer: "Trainer") -> None:
         if 0 < trainer.config.patience <= self.waited:
             trainer.stop(f"{self.waited} evaluations without a {self.name} {self.metric} below {self.best:.4f}")
 
+    def on_finish(self, trainer: "Trainer") -> None:
+        if not trainer.config.patience or self.best_step in (0, trainer.step):
+            return
+        if not self.weights:
+            warnings.warn(
+                f"the best {self.name} {self.metric} was {self.best:.4f} at step {self.best_step}, when patience was 0 "
+                f"and no weights were kept: the result are those of step {trainer.step}",
+                stacklevel=2,
+            )
+            return
+        trainer.put_weights(self.weights, self.best_step)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.waited = state["best"], state["waited"]
+        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.weights
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.weights = tensors

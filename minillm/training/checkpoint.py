@@ -1,6 +1,7 @@
 """Checkpoints: folders that are whole or absent, checked by SHA-256 before anything in them is used.
 
     checkpoints/step-000100/  model.safetensors  optimizer.pt  random.pt  state.json  checksums.json
+                              callbacks.safetensors (where a callback keeps tensors, such as the best weights)
 
 What is trainable is what is saved: a frozen base is never written again.
 """
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from minillm.files import atomic_folder, read_json, sha256_file, write_json
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("model.safetensors", "optimizer.pt", "random.pt", "state.json")
+CALLBACKS = "callbacks.safetensors"
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]  # trainable parameters and persistent buffers by name
     optimizer: dict[str, Any]
     random: list[dict[str, Any]]  # the generators of each process
+    callbacks: dict[str, Tensor]  # tensors that callbacks keep: "EarlyStopping/lm_head.weight"
     state: dict[str, Any]  # plain values: step, tokens, config, identity, processes, loaders, callbacks
 
     @property
@@ -53,12 +56,15 @@ def save_checkpoint(run_dir: str | Path, checkpoint: Checkpoint, keep: int) -> P
     folder = path_of(run_dir, checkpoint.step)
     try:
         with atomic_folder(folder) as new:
-            tensors = {name: tensor.to("cpu").contiguous() for name, tensor in checkpoint.tensors.items()}
-            save_file(tensors, new / "model.safetensors")
+            parts = {FILES[0]: checkpoint.tensors} | ({CALLBACKS: checkpoint.callbacks} if checkpoint.callbacks else {})
+            for name, tensors in parts.items():
+                save_file({key: tensor.to("cpu").contiguous() for key, tensor in tensors.items()}, new / name)
             torch.save(checkpoint.optimizer, new / "optimizer.pt")
             torch.save(checkpoint.random, new / "random.pt")
             write_json(new / "state.json", {"format_version": FORMAT, **checkpoint.state})
-            write_json(new / "checksums.json", {name: _fingerprint(new / name) for name in FILES})
+            write_json(
+                new / "checksums.json", {name: _fingerprint(new / name) for name in {**dict.fromkeys(FILES), **parts}}
+            )
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is a different error from each library
         free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.exists() else 0
         raise OSError(
@@ -87,7 +93,8 @@ def load_checkpoint(run_dir: str | Path, step: int | None = None) -> Checkpoint 
         advice = "no earlier one is whole: start the run anew in another folder"
         if whole:
             advice = (
-                f"step {whole[-1]}'s is whole: delete this one, or call resume(step={whole[-1]}), to go on from there"
+                f"step {whole[-1]}'s is whole: delete the damaged folder and resume, to go on from there "
+                f"(in Python also: resume(step={whole[-1]}))"
             )
         raise ValueError(f"the checkpoint {folder} is damaged:\n  " + "\n  ".join(wrong) + f"\n{advice}")
     state = read_json(folder / "state.json")
@@ -97,7 +104,8 @@ def load_checkpoint(run_dir: str | Path, step: int | None = None) -> Checkpoint 
             "continue with the minillm named in the run's environment.json"
         )
     return Checkpoint(
-        tensors=load_file(folder / "model.safetensors"),
+        tensors=load_file(folder / FILES[0]),
+        callbacks=load_file(folder / CALLBACKS) if (folder / CALLBACKS).is_file() else {},
         optimizer=torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"),
         random=torch.load(folder / "random.pt", weights_only=True, map_location="cpu"),
         state=state,
@@ -118,7 +126,8 @@ def damage(folder: Path) -> list[str]:
     """What is wrong with a checkpoint's files; empty if they are as they were written."""
     try:
         expected = read_json(folder / "checksums.json")
-        return [line for name in FILES if (line := _difference(folder / name, expected[name]))]
+        names = {**dict.fromkeys(FILES), **expected}
+        return [line for name in names if (line := _difference(folder / name, expected[name]))]
     except (ValueError, LookupError, TypeError) as error:
         return [f"checksums.json cannot be used: {error!r}"]
 

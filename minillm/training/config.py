@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from minillm.config import nearest
+from minillm.config import nearest, seed_flaw
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
@@ -38,7 +38,7 @@ class TrainConfig:
     eval_every: int = 100  # and always after the last step
     save_every: int = 100  # and always after the last step
     keep_checkpoints: int = 2
-    patience: int = 0  # evaluations in a row without improvement after which EarlyStopping ends the run
+    patience: int = 0  # evaluations in a row without improvement that end the run; its result are the best weights then
 
     def __post_init__(self):
         wrong = [
@@ -46,6 +46,7 @@ class TrainConfig:
             for name, (fits, expected) in _RULES.items()
             if not fits(getattr(self, name))
         ]
+        wrong += seed_flaw(self.seed)
         for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("device", DEVICES)):
             if (value := getattr(self, name)) not in choices:
                 wrong.append(f"{name}={value!r}: did you mean {nearest(str(value), choices)}?")
@@ -83,7 +84,6 @@ _RULES = {
     "accumulate": _whole(1),
     "gradient_checkpointing": _FLAG,
     "compile": _FLAG,
-    "seed": _whole(0),
     "log_every": _whole(1),
     "eval_every": _whole(0),
     "save_every": _whole(0),

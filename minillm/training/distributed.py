@@ -6,6 +6,7 @@ Call `process_group()` inside `main()`, never at import: torchrun starts the scr
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minillm.training.signals import Interrupted
+
+# How long a process waits for the others. The main one may tokenise, or measure, for hours meanwhile; one that has
+# died is no reason to be impatient: torchrun ends the others then.
+PATIENCE = timedelta(hours=24)
 
 
 class World(NamedTuple):
@@ -63,7 +68,7 @@ def process_group(device: str = "auto") -> Iterator[World]:
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield world()
     except Interrupted:  # orderly: all processes stop after the same step
@@ -93,8 +98,24 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the main process, in every process; the others wait for it."""
-    values = [make() if is_main() else None]
+    """What `make` returns in the main process, in every process; the others wait for it.
+
+    An error there is raised everywhere: in the main process as it was, in the others as a ValueError or (for anything
+    that is no ValueError or OSError) RuntimeError with its message, so that all end and none hangs.
+    """
+    value, failure = None, None
+    if is_main():
+        try:
+            value = make()
+        except Exception as error:
+            failure = error
     if dist.is_initialized():
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
+        message = None if failure is None else (isinstance(failure, (ValueError, OSError)), str(failure))
+        shared = [(value, message)]
+        dist.broadcast_object_list(shared, src=0)
+        value, message = shared[0]
+        if message is not None and failure is None:
+            raise (ValueError if message[0] else RuntimeError)(message[1])
+    if failure is not None:
+        raise failure
+    return value

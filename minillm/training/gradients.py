@@ -102,9 +102,24 @@ class Gradients:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             loss = self.module(batch)
+        _check(loss)
         if not loss.value.requires_grad:
             raise ValueError("the loss depends on no trainable parameter: does the loss function detach it?")
         names = sorted(loss.metrics)
         means = [1.0, loss.value, *(loss.metrics[name] for name in names)]
         means = [torch.as_tensor(mean, dtype=torch.float64, device=self.device).detach() for mean in means]
         return loss, names, torch.stack(means)
+
+
+def _check(loss: object) -> None:
+    """ValueError unless a loss function returned what it should."""
+    value = loss.value if isinstance(loss, Loss) else loss
+    if isinstance(loss, Loss) and isinstance(value, Tensor) and value.numel() == 1:
+        return
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    returned = f"{'Loss of a ' * isinstance(loss, Loss)}{type(value).__name__}{shape}"
+    raise ValueError(
+        f"the loss function returned a {returned}, and a Loss of a scalar is needed. Write: return Loss(value, weight) "
+        "with the mean as value and as weight the number of tokens or examples that it is a mean over (from "
+        "minillm.training import Loss)"
+    )

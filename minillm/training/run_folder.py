@@ -6,13 +6,14 @@ import os
 import platform
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillm.files import atomic_write, read_json, write_json
-from minillm.training.distributed import is_main
+from minillm.files import atomic_write, naming, read_json, write_json
+from minillm.training.distributed import from_main
 
 FORMAT = 1  # of config.json; raise it when a reader of the old layout would misunderstand the new one
 PARTS = ("config.json", "metrics.jsonl", "checkpoints")  # any of these says that a folder holds a run
@@ -24,19 +25,27 @@ def create_run_folder(path: str | Path, config: dict[str, Any]) -> Path:
     Under torchrun every process calls it and the main one writes.
     """
     path = Path(path)
-    if is_main():
+
+    def write() -> None:
         refuse_a_used_folder(path)
         write_json(path / "environment.json", environment())
         write_json(path / "config.json", {"format_version": FORMAT, **config})  # last: it marks the folder as a run
+
+    from_main(write)
     return path
 
 
 def refuse_a_used_folder(path: Path, parts: tuple[str, ...] = PARTS) -> None:
-    """Raise ValueError if `path` holds any of `parts`."""
+    """Raise ValueError if `path` holds any of `parts`, or if no folder can be made or written there."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{path} cannot be the folder of a run: {there} is a file; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be the folder of a run: you may not write in {there}; choose another folder")
     if found := [part for part in parts if (path / part).exists()]:
         raise ValueError(
-            f"{path} already holds a run ({', '.join(found)}): continue it with --resume (Trainer.resume()), "
-            "choose another folder, or delete it"
+            f"{path} already holds a run ({', '.join(found)}): continue it where its command has --resume (in Python: "
+            "Trainer.resume()), choose another folder, or delete it"
         )
 
 
@@ -89,30 +98,38 @@ class Records:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.count = 0  # of the records that this object wrote, or found when it cut
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line. It has left this process when the call returns, so that a kill cannot take it back."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        with naming(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.count += 1
 
     def read(self) -> list[dict[str, Any]]:
         """All records; a last line that a crash cut short is left out, any other broken line is a ValueError."""
         if not self.path.exists():
             return []
-        *lines, _torn = self.path.read_text(encoding="utf-8").split("\n")  # after the last newline stands nothing
-        records = []
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}, line {number} is not JSON: {error.msg}: {line[:80]!r}") from None
-        return records
+        text = self.path.read_text(encoding="utf-8", errors="backslashreplace")  # damaged bytes are no JSON either
+        *lines, _torn = text.split("\n")  # after the last newline stands nothing
+        return [self._parse(number, line) for number, line in enumerate(lines, 1)]
+
+    def _parse(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}, line {number} is not JSON: {error.msg}: {line[:80]!r}") from None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f'{self.path}, line {number} is no record with a "step": {line[:80]!r}')
+        return record
 
     def cut(self, step: int) -> None:
         """Forget what was recorded after `step`."""
         if self.path.exists():
             kept = [record for record in self.read() if record["step"] <= step]
+            self.count = len(kept)
             atomic_write(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
@@ -122,6 +139,15 @@ class Timing(Records):
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.seconds, self.tokens = 0.0, 0.0
+
+    def cut(self, step: int) -> None:
+        """Forget what was recorded after `step`. How fast a run was decides nothing: a broken file is set aside."""
+        try:
+            super().cut(step)
+        except ValueError as error:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            os.replace(self.path, aside)
+            warnings.warn(f"{error}; it is kept as {aside.name}, and the run's times are counted anew", stacklevel=2)
 
     def add(self, seconds: float, tokens: float) -> None:
         """Count in one step."""

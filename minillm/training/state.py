@@ -26,10 +26,16 @@ def take(trainer: "Trainer") -> Checkpoint:
         tensors=saved_tensors(trainer.model),
         optimizer=trainer.optimizer.state_dict(),
         random=[process["random"] for process in processes],
+        callbacks={
+            f"{name}/{key}": tensor
+            for name, callback in _with_state(trainer).items()
+            for key, tensor in callback.tensors().items()
+        },
         state=_facts(trainer)
         | {
             "step": trainer.step,
             "tokens": trainer.tokens,
+            "records": trainer.metrics.count,
             "loaders": [process["loader"] for process in processes],
             "callbacks": {name: callback.state_dict() for name, callback in _with_state(trainer).items()},
         },
@@ -40,14 +46,34 @@ def put_back(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     """Make the trainer what it was; ValueError, listing all that differs, if its run is another one."""
     _check_same_run(trainer, checkpoint)
     trainer.loader.load_state_dict(checkpoint.state["loaders"][world().rank])  # may refuse too, so before any change
-    with torch.no_grad():
-        for name, tensor in saved_tensors(trainer.model).items():
-            tensor.copy_(checkpoint.tensors[name])
+    put_tensors(trainer.model, checkpoint.tensors)
     trainer.optimizer.load_state_dict(checkpoint.optimizer)
     for name, callback in _with_state(trainer).items():
         callback.load_state_dict(checkpoint.state["callbacks"][name])
+        kept = checkpoint.callbacks.items()
+        callback.load_tensors({key.partition("/")[2]: t for key, t in kept if key.startswith(f"{name}/")})
     set_random_state(checkpoint.random[world().rank], trainer.device)
     trainer.step, trainer.tokens = checkpoint.step, checkpoint.state["tokens"]
+
+
+def check_records(trainer: "Trainer", checkpoint: Checkpoint | None) -> None:
+    """ValueError if records that the checkpoint knows of are gone, or checkpoints that the records tell of."""
+    records, path = trainer.metrics.read(), trainer.metrics.path
+    if checkpoint is None:
+        last = max((record["step"] for record in records), default=0)
+        if 0 < trainer.config.save_every < last:  # the record of a step stands there before its checkpoint
+            raise ValueError(
+                f"{path} reaches step {last}, so checkpoints were saved every {trainer.config.save_every} steps, and "
+                f"{trainer.run_dir} has none: put its checkpoints/ back, start a run in another folder, or delete "
+                f"{path.name} to begin this one again from step 0"
+            )
+        return
+    found = sum(record["step"] <= checkpoint.step for record in records)
+    if found != checkpoint.state["records"]:
+        raise ValueError(
+            f"{path} holds {found} records up to step {checkpoint.step}, and {checkpoint.state['records']} were "
+            "written: put back the file as it was, or start a run in another folder"
+        )
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -55,6 +81,13 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict().keys()
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return parameters | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+@torch.no_grad()
+def put_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy into the model what `saved_tensors` gave."""
+    for name, tensor in saved_tensors(model).items():
+        tensor.copy_(tensors[name])
 
 
 def _facts(trainer: "Trainer") -> dict[str, Any]:

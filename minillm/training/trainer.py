@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minillm.training import checkpoint, state
 from minillm.training.callbacks import Callback
 from minillm.training.config import TrainConfig
-from minillm.training.distributed import is_main, pick_device, world
+from minillm.training.distributed import from_main, is_main, pick_device, world
 from minillm.training.gradients import Gradients, StepResult
 from minillm.training.losses import Loss
 from minillm.training.optimizer import make_optimizer
@@ -60,6 +60,7 @@ class Trainer:
         self.step, self.tokens = 0, 0  # optimizer steps done; tokens (whatever Loss.weight counts) in them
         self.record: dict[str, Any] = {}  # of the last step
         self.stopped = ""  # why a callback ended the run
+        self.weights_step = 0  # the step whose weights the model holds: not the last one after early stopping
         self.saved_step: int | None = None
         self._resumed = False
 
@@ -67,8 +68,8 @@ class Trainer:
         """Train to `config.steps` or until a callback stops, save, return the last step's record ({}: none was left).
 
         SIGINT and SIGTERM finish the step (of several processes the next one, in which all hear of it), save and raise
-        Interrupted. A loss or gradient that is not finite raises
-        ValueError, with the state before that step saved.
+        Interrupted. A loss or gradient that is not finite raises ValueError, with the state before that step saved.
+        With a patience the model holds the best evaluated weights in the end (see EarlyStopping).
         """
         if self.step == 0 and not self._resumed:
             refuse_a_used_folder(self.run_dir, ("metrics.jsonl", "checkpoints"))
@@ -87,6 +88,8 @@ class Trainer:
                 self.save()
                 if caught.signum:  # it came too late for a step to notice
                     self._interrupt(caught.signum)
+            self.weights_step = self.step
+            self._call("on_finish")
         finally:
             self._call("on_end")
             self.model.train(training)
@@ -96,26 +99,30 @@ class Trainer:
         """Go back to the newest checkpoint, or that of `step`, and return its step; 0 if there is none yet.
 
         What the run wrote after it, checkpoints and records, is deleted: `fit` will write it again. Raises ValueError
-        if the checkpoint is damaged (naming the one before it), or lists all in which the run has changed.
+        if the checkpoint is damaged (naming the one before it), if records or checkpoints are missing, or lists all in
+        which the run has changed.
         """
-        if (saved := checkpoint.load_checkpoint(self.run_dir, step)) is not None:
+        saved = checkpoint.load_checkpoint(self.run_dir, step)
+        state.check_records(self, saved)
+        if saved is not None:
             state.put_back(self, saved)
             self.saved_step = self.step
-        if is_main():
-            # Checkpoints first: should this stop half-way, the newest checkpoint still has all its records.
-            later = [other for other in checkpoint.list_checkpoints(self.run_dir) if other > self.step]
-            checkpoint.delete_checkpoints(self.run_dir, later)
-            for records in (self.metrics, self.timing):
-                records.cut(-1 if saved is None else self.step)
+        from_main(lambda: self._forget_after(-1 if saved is None else self.step))
         self._resumed = True
         return self.step
+
+    def _forget_after(self, step: int) -> None:
+        # Checkpoints first: should this stop half-way, the newest checkpoint still has all its records.
+        later = [other for other in checkpoint.list_checkpoints(self.run_dir) if other > step]
+        checkpoint.delete_checkpoints(self.run_dir, later)
+        for records in (self.metrics, self.timing):
+            records.cut(step)
 
     def save(self) -> None:
         """Write a checkpoint of this moment, unless it is there already."""
         if self.saved_step != self.step:
             moment = state.take(self)
-            if is_main():
-                checkpoint.save_checkpoint(self.run_dir, moment, self.config.keep_checkpoints)
+            from_main(lambda: checkpoint.save_checkpoint(self.run_dir, moment, self.config.keep_checkpoints))
             self.saved_step = self.step
 
     def report(self, name: str, values: Mapping[str, float]) -> None:
@@ -123,6 +130,15 @@ class Trainer:
         if is_main():
             self.metrics.write({"step": self.step, name: dict(values)})
         self._call("on_eval", name, values)
+
+    def copy_weights(self) -> dict[str, Tensor]:
+        """A copy in main memory of what trains, and of the saved buffers."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state.saved_tensors(self.model).items()}
+
+    def put_weights(self, weights: dict[str, Tensor], step: int) -> None:
+        """Let the model hold the weights that `copy_weights` gave at `step`."""
+        state.put_tensors(self.model, weights)
+        self.weights_step = step
 
     def stop(self, reason: str) -> None:
         """End the run when this step is over."""

@@ -70,6 +70,21 @@ def test_every_broken_json_line_is_named(tmp_path):
         assert line in str(error.value)
 
 
+def test_a_json_list_is_read_like_json_lines(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "one", "id": 7}, {"prompt": "2+2=", "completion": "4"}, "three"]))
+    assert read_documents(path) == [
+        Document(f"{path}:1", "one"),
+        Document(f"{path}:2", "2+2=", "4"),
+        Document(f"{path}:3", "three"),
+    ]
+    (tmp_path / "b.txt").write_text("B")
+    with pytest.warns(UserWarning, match=r"1 files of other kinds \(\.json: 1\)"):  # as often settings as text
+        assert texts(read_documents(tmp_path)) == ["B"]
+    with pytest.warns(UserWarning, match=r"1 files of other kinds \(\.txt: 1\)"):
+        assert texts(read_documents(tmp_path, extensions=[".json"])) == ["one", "2+2=", "three"]
+
+
 def test_tables(tmp_path):
     tsv, table = tmp_path / "a.tsv", tmp_path / "a.csv"
     tsv.write_text('id\ttext\r\n1\tsay "hi\n2\t"b" c\n')
@@ -87,6 +102,9 @@ def test_tables(tmp_path):
         ("a.tsv", "id\tlabel\n1\t2\n", r"a\.tsv: 1 records cannot be used.*'text'.*\n  line 2: has \['id', 'label'\]"),
         ("a.tsv", "id\ttext\n1\n", r"line 2: 1 cells, the table has 2 columns"),
         ("a.csv", 'id,text\n1,"open', r"a\.csv, line 2: unexpected end of data"),
+        ("a.json", '{"text": "a"}', r"a\.json holds a JSON dict; a list of records is needed, .* one object a line"),
+        ("a.json", '{"text": "a"}\n{"text": "b"}', r"a\.json is not JSON: line 2, column 1: Extra data.*\.jsonl"),
+        ("a.json", '["", [1], {"text": 5}]', r"2 records .*\n  record 2: a JSON list .*\n  record 3: 'text' is a int"),
         ("a.txt", "", r"a\.txt holds no text: 1 files with 1 documents were read"),
         ("a.jsonl", "", r"a\.jsonl holds no text: 1 files with 0 documents"),
         ("a.txt", b"ab\xffcd", r"a\.txt is not UTF-8 text: byte 2 is 0xFF \(invalid start byte\)"),

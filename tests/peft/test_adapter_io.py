@@ -132,7 +132,7 @@ def test_another_base(saved):
     base, folder = saved
     with torch.no_grad():
         base.layers[0].self_attn.k_proj.weight[0, 0] += 1e-6
-    refused(base, folder, "trained on a base with other weights; check_base=False uses it all the same")
+    refused(base, folder, "trained on a base with other weights: give that one (in Python, check_base=False uses this)")
     load_adapter(base, folder, check_base=False)
 
 
@@ -169,7 +169,8 @@ def test_damaged_files(saved):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    refused(base, folder, "adapter_model.safetensors is damaged: its checksum is not the one in minillm.json")
+    said = "adapter_model.safetensors is damaged: its checksum is not the one in minillm.json"
+    refused(base, folder, f"the adapter in {folder} is damaged, so nothing was loaded:\n  {said}")
     path.write_bytes(data[:-100])
     refused(base, folder, "adapter_model.safetensors is damaged:")
     path.unlink()
@@ -190,7 +191,7 @@ def test_other_formats(saved):
     edit(folder / "minillm.json", method="lora", config={"rank": 0, "rnk": 1})
     refused(base, folder, "minillm.json: config.rnk: LoraConfig has no 'rnk'; did you mean rank?")
     edit(folder / "minillm.json", config={"rank": 0})
-    refused(base, folder, "rank: a rank is at least 1, not 0")
+    refused(base, folder, "rank: a rank is a whole number, at least 1, not 0")
     (folder / "minillm.json").unlink()
     edit(folder / "adapter_config.json", peft_type="IA3")
     refused(base, folder, "has peft_type 'IA3'; this minillm reads LORA, MINILLM_FULL, MINILLM_PARTIAL")

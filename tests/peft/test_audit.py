@@ -158,3 +158,10 @@ def test_warnings_of_the_loss_are_passed_on(decoder, tokens, loss_fn):
     tune(decoder, CONFIG)
     with pytest.warns(UserWarning, match="mind the gap"):
         audit(decoder, tokens, warns)
+
+
+@pytest.mark.parametrize("wrong", [lambda loss: loss.value, lambda loss: None, lambda loss: (loss.value, 3)])
+def test_loss_function_that_returns_something_else(decoder, tokens, loss_fn, wrong):
+    tune(decoder, CONFIG)
+    with pytest.raises(ValueError, match=r"the loss function returned a \w+ without .* return Loss\(value, weight\)"):
+        audit(decoder, tokens, lambda model, batch: wrong(loss_fn(model, batch)))

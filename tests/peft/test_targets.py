@@ -1,12 +1,15 @@
 """Which modules are found, and what is said when they are not."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from minillm.config import override
 from minillm.peft import LoraConfig, LoRALinear, PartialConfig, Wrapper, merge, replace_modules, tune, unload, unmerge
+from minillm.peft.method import tuning_of
 from minillm.peft.names import collapse, original_parameters
 
 
@@ -144,18 +147,61 @@ def test_model_without_linear_layers():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(rank=0), "rank: a rank is at least 1, not 0"),
-        (dict(rank_pattern=(("v_proj", 0),)), "v_proj: a rank is at least 1, not 0"),
-        (dict(alpha=-1.0), "alpha: an alpha is above 0, not -1.0"),
-        (dict(alpha=float("nan")), "alpha: an alpha is above 0, not nan"),
+        (dict(rank=0), "rank: a rank is a whole number, at least 1, not 0"),
+        (
+            dict(rank="8", rslora=1),
+            "(?s)rank: a rank is a whole number, at least 1, not '8'.*rslora: True or False, not 1",
+        ),
+        (dict(rank_pattern=(("v_proj", 0),)), "v_proj: a rank is a whole number, at least 1, not 0"),
+        (dict(rank_pattern={"v_proj": 0.5}), "v_proj: a rank is a whole number, at least 1, not 0.5"),
+        (dict(rank_pattern="v_proj:4"), r"rank_pattern: targets with a number each, .* not 'v_proj:4'"),
+        (dict(alpha_pattern=("v_proj", 4)), r"alpha_pattern: targets with a number each, .* not \('v_proj', 4\)"),
+        (dict(alpha=-1.0), "alpha: an alpha is a number above 0, not -1.0"),
+        (dict(alpha=None, dropout="x"), "(?s)alpha: an alpha is a number above 0, not None.*dropout: a prob.* not 'x'"),
+        (dict(alpha=float("nan")), "alpha: an alpha is a number above 0, not nan"),
         (dict(dropout=1.0), r"dropout: a probability in \[0, 1\), not 1.0"),
         (dict(targets="q_proj"), r"targets: a tuple of names, not the text 'q_proj'; write \('q_proj',\)"),
+        (dict(targets=None, trainable=(1,)), r"(?s)targets: a tuple of names, not None.*trainable: .* not \(1,\)"),
         (dict(targets=()), 'targets: name at least one, such as "q_proj", or "all-linear"'),
     ],
 )
 def test_bad_config(arguments, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**arguments)
+
+
+def test_dicts_and_lists_become_tuples():
+    config = LoraConfig(targets=["q_proj"], rank_pattern={"v_proj": 4}, alpha_pattern=[["v_proj", 8.0]])
+    assert config == LoraConfig(targets=("q_proj",), rank_pattern=(("v_proj", 4),), alpha_pattern=(("v_proj", 8.0),))
+    assert override(LoraConfig(), ["rank_pattern=q_proj:4, v_proj:8"]).rank_pattern == (("q_proj", 4), ("v_proj", 8))
+    assert override(LoraConfig(), ["alpha_pattern=mlp.up_proj:4"]).alpha_pattern == (("mlp.up_proj", 4.0),)
+    with pytest.raises(ValueError, match="PartialConfig:\n  modules: a tuple of names, not the text 'lm_head'"):
+        PartialConfig(modules="lm_head")
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj",)])
+def test_a_linear_layer_alone_has_no_place_for_an_adapter(targets):
+    layer = nn.Linear(8, 8)
+    with pytest.raises(
+        ValueError, match=r'it is a linear layer itself, .* nn.Sequential\(layer\), with the target "0"'
+    ):
+        tune(layer, LoraConfig(targets=targets))
+    assert layer.weight.requires_grad and tuning_of(layer) is None
+    tune(nn.Sequential(layer), LoraConfig(targets=("0",)))
+
+
+def test_whatever_fails_the_model_is_what_it_was(decoder, monkeypatch):
+    decoder.norm.requires_grad_(False)
+    before = {name: (id(p), p.requires_grad) for name, p in decoder.named_parameters()}
+
+    def fail(*_args, **_options):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(sys.modules["minillm.peft.tune"], "original_parameters", fail)  # after the adapters are in
+        tune(decoder, LoraConfig(rank=2))
+    assert {name: (id(p), p.requires_grad) for name, p in decoder.named_parameters()} == before
+    tune(decoder, LoraConfig(rank=2))
 
 
 def test_partial_config(decoder, tied_decoder):

@@ -13,6 +13,7 @@ from minillm.config import given, override
 from minillm.models import ModelConfig
 from minillm.recipes.commands import COMMANDS
 from minillm.recipes.pretrain import PretrainConfig
+from minillm.tokenizers import ByteTokenizer, CharTokenizer
 
 
 def test_help_and_version_do_without_torch():
@@ -54,6 +55,8 @@ def test_help_lists_every_key_with_its_default_and_comment(capsys):
             assert f"{section}.{field.name}" in lines
     assert lines["train.clip"].endswith("gradients are scaled down to this norm; 0: never")
     assert lines["train.clip"].split()[0] == "train.clip=1.0"
+    main(["generate", "--help"])
+    assert "end before these texts: a,b or" in capsys.readouterr().out
     assert lines["model.head_dim"].split() == ["model.head_dim=none"]  # follows from the others
     assert " ".join(lines["tokenizer.kind"].split()) == "tokenizer.kind=bpe bpe | unigram | bytes | characters"
 
@@ -64,6 +67,11 @@ def test_help_lists_every_key_with_its_default_and_comment(capsys):
         (["tokenizer", "tran"], "minillm tokenizer has no 'tran'; did you mean tokenizer train"),
         (["fly"], "minillm has no command 'fly'; did you mean one of demo, tokenizer, pretrain"),
         (["demo", "stepz=3"], "DemoConfig has no 'stepz'"),
+        (["pretrain", "qqqqq=3"], "PretrainConfig has no 'qqqqq'; did you mean one of run, seed, data, data.train, "),
+        (["pretrain", "qqqqq=3"], " more?\n(minillm COMMAND --help lists all keys)"),
+        (["demo", "pretrain.eval_every=3"], "pretrain.eval_every has no effect: the demo measures when a training is"),
+        (["demo", "seed=-1"], "seed=-1: a whole number from 0"),
+        (["generate", "folder", "-x"], 'a text that begins with "-" stands after "--"'),
         (["demo", "nothing"], "nothing: expected section.key=value"),
     ],
 )
@@ -99,6 +107,30 @@ def test_what_a_config_filled_in_follows_an_override():
     asked = ModelConfig(hidden_size=16, num_heads=2, head_dim=4, num_kv_heads=1)
     assert override(asked, ["num_heads=4"]) == ModelConfig(hidden_size=16, num_heads=4, head_dim=4, num_kv_heads=1)
     assert given(asked)["intermediate_size"] is None
+
+
+def test_a_terminal_of_ascii_and_other_input(tmp_path):
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    (tmp_path / "tokenizer").mkdir()
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    command = [sys.executable, "-m", "minillm", "tokenizer", "show", str(tmp_path)]
+    done = subprocess.run([*command, "-"], input="é".encode(), env=ascii_only, capture_output=True)
+    assert done.returncode == 0 and b"2 tokens for 1 characters, 2 bytes" in done.stdout
+    done = subprocess.run([*command, "-"], input=b"ab\xff", env=ascii_only, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"minillm: error: standard input is not UTF-8 text: byte 2 is 0xFF. Convert it")
+    CharTokenizer("čšž").save(tmp_path / "tokenizer")
+    done = subprocess.run([*command, "čš"], env=ascii_only, capture_output=True)
+    assert done.returncode == 0 and b"1   5  ?" in done.stdout and done.stdout.isascii()
+
+
+def test_os_errors_are_one_line_with_the_path(monkeypatch, capsys):
+    def fail(*_args):
+        raise PermissionError(13, "Permission denied", "/some/where")
+
+    monkeypatch.setattr("minillm.recipes.info.info", fail)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "minillm: error: /some/where: Permission denied\n"
 
 
 def test_waiting_threads_soon_sleep(monkeypatch, capsys):

@@ -26,6 +26,7 @@ class Train:
 class Lora:
     rank: int
     targets: tuple[str, ...] = ("q_proj",)
+    ranks: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,31 @@ def test_config_survives_json():
         ("seed=none", lambda c: c.seed, None),
         ("run=a=b", lambda c: c.run, "a=b"),
         ("run=12", lambda c: c.run, "12"),
+        ("train.betas=[0.8, 0.9]", lambda c: c.train.betas, (0.8, 0.9)),
         ("lora.rank=8", lambda c: c.lora, Lora(8)),  # an absent section starts from its defaults
     ],
 )
 def test_override_reads_the_value_as_its_field_says(assignment, read, expected):
     value = read(override(Run(), [assignment]))
     assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("targets=a, b,", ("a", "b")),
+        ("targets=", ()),
+        ('targets=[" a", "b,c"]', (" a", "b,c")),
+        ("targets=[END]", ("[END]",)),  # no JSON
+        ("ranks=q_proj:4, mlp.up_proj : 8", (("q_proj", 4), ("mlp.up_proj", 8))),
+        ("ranks=a:b:4", (("a:b", 4),)),
+        ('ranks=[["q_proj", 4]]', (("q_proj", 4),)),
+    ],
+)
+def test_tuples_as_text(text, expected):
+    changed = override(Lora(1), [text])
+    assert getattr(changed, text.partition("=")[0]) == expected
+    assert from_dict(Lora, json.loads(json.dumps(to_dict(changed)))) == changed
 
 
 def test_override_changes_nothing_else_and_not_the_original():
@@ -87,6 +107,9 @@ def test_override_changes_nothing_else_and_not_the_original():
         ("train.compile=1", r"^train\.compile: expected true or false, got '1'$"),
         ("train.schedule=step", r"^train\.schedule: expected one of cosine, linear, got 'step'$"),
         ("train.betas=0.9", r"^train\.betas: expected 2 values, each a number, got \[0\.9\]$"),
+        ("lora.ranks=q_proj", r"lora\.ranks\[0\]: expected text:a whole number, got \['q_proj'\]"),
+        ("lora.ranks=q_proj:x", r"lora\.ranks\[0\]\[1\]: expected a whole number, got 'x'"),
+        ("lora.targets=[1]", r"lora\.targets\[0\]: expected text, got 1"),
         ("train.lr=-1", r"^train: lr must be at least 0, got -1\.0$"),
         ("lora.targets=q", r"^lora\.rank: is missing; Lora needs it$"),
     ],
@@ -130,3 +153,4 @@ def test_nearest_prefers_the_last_segment_and_falls_back_to_all():
     assert nearest("lr", ["train.lr", "lora", "run"]) == "train.lr"
     assert nearest("hiden_size", ["hidden_size", "num_layers"]) == "hidden_size"
     assert nearest("qqq", ["a", "b"]) == "one of a, b"
+    assert nearest("qqq", "abcdefghij") == "one of a, b, c, d, e, f, g, h and 2 more"

@@ -1,6 +1,9 @@
 """Files are whole or absent, and nobody else's are touched."""
 
+import errno
+
 import pytest
+from safetensors import SafetensorError
 
 from minillm.files import atomic_folder, atomic_write, read_json, sha256_file
 
@@ -69,3 +72,26 @@ def test_broken_json_is_named_with_its_place(tmp_path):
         read_json(tmp_path / "b.json")
     with pytest.raises(ValueError, match=r"c.json does not exist; its folder holds: \['a.json', 'b.json'\]"):
         read_json(tmp_path / "c.json")
+
+
+def test_what_cannot_be_written_is_named_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"^.*file.a.json cannot be written: (Not a directory|File exists)$"):
+        atomic_write(tmp_path / "file" / "a.json", "{}")
+    with pytest.raises(OSError, match=r"^.*file.data cannot be written: (Not a directory|File exists)$"):
+        fill(tmp_path / "file" / "data", a="1")
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minillm.files.os.fsync", full)
+        with pytest.raises(OSError, match=r"^[^ ]*a.json cannot be written: No space left on device$"):
+            atomic_write(tmp_path / "a.json", "{}")
+        named = pytest.raises(OSError, match=r"^[^ ]*/data cannot be written: No space left on device$")
+        with named, atomic_folder(tmp_path / "data") as outer, atomic_folder(outer / "train"):
+            pass
+    named = pytest.raises(OSError, match=r"^[^ ]*/model cannot be written: I/O error: No space left")
+    with named, atomic_folder(tmp_path / "model"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # as save_file says it
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -20,7 +20,17 @@ FLOORS = {
     "recipes": 6,
     "cli": 7, "edu": 7, "__main__": 8,
 }  # fmt: skip
-HEAVY = ("transformers", "peft", "matplotlib", "optuna", "sentencepiece", "tqdm", "huggingface_hub")
+HEAVY = (
+    "transformers",
+    "peft",
+    "matplotlib",
+    "optuna",
+    "sentencepiece",
+    "tqdm",
+    "huggingface_hub",
+    "tokenizers",
+    "jinja2",
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -29,6 +29,29 @@ def test_greedy_text_is_the_library_s_and_stops(base, cli):
     assert text[0] not in ",= "
 
 
+def test_the_default_length_is_what_fits(base, cli):
+    """The model has 48 positions and the prompt 7 bytes."""
+    words = ("temperature=0", "seed=3")
+    code, text, error = cli("generate", base, "the cat", *words)
+    assert (code, error) == (0, "") and text == cli("generate", base, "the cat", *words, "max_new_tokens=41")[1]
+    code, _, error = cli("generate", base, "a" * 48, *words)
+    assert code == 2 and "prompt of 48 tokens + max_new_tokens=1 make 49, more than the model's" in error
+
+
+def test_prompts_that_look_like_options(base, cli):
+    words = ("temperature=0", "max_new_tokens=5")
+    expected = generate_text(*load(base)[:2], ["-x"], max_new_tokens=5)[0] + "\n"
+    assert cli("generate", base, "--", "-x", *words) == (0, expected, "")
+
+
+def test_stop_texts_with_spaces_that_count(base, cli):
+    model, tokenizer, _ = load(base)
+    [text] = generate_text(model, tokenizer, ["the cat"], max_new_tokens=30)
+    at = text.index(text[3])
+    words = ("generate", base, "the cat", "max_new_tokens=30", "temperature=0")
+    assert cli(*words, "stop=" + json.dumps([text[3], " nowhere"]))[1] == text[:at] + "\n"
+
+
 def test_a_tokenizer_is_trained_used_and_shown(texts, sizes, cli, tmp_path):
     run, words = tmp_path / "tokenizer", (f"data.train={texts / 'text'}",)
     code, out, _ = cli("tokenizer", "train", *words, f"run={run}", "tokenizer.vocab_size=300", "tokenizer.kind=unigram")
@@ -46,7 +69,12 @@ def test_a_tokenizer_is_trained_used_and_shown(texts, sizes, cli, tmp_path):
     assert f"{len(shown)} tokens for 9 characters, 10 bytes" in out
 
     base = tmp_path / "base"
-    assert cli("pretrain", *words, *sizes, f"run={base}", f"tokenizer.folder={run}", "train.steps=1")[0] == 0
+    assert (
+        cli(
+            "pretrain", *words, *sizes, f"run={base}", f"tokenizer.folder={run}", "tokenizer.kind=bpe", "train.steps=1"
+        )[0]
+        == 0
+    )
     assert load_model(base / "model").tokenizer_fingerprint == tokenizer.fingerprint
     code, out, _ = cli("info", run)
     assert code == 0 and "recipe" in out and tokenizer.fingerprint in out

@@ -1,5 +1,9 @@
 """Which text a recipe reads."""
 
+import json
+
+import pytest
+
 from minillm.recipes.common import CorpusConfig, read_corpus
 
 
@@ -16,3 +20,13 @@ def test_the_held_out_text_may_be_a_file_of_its_own(tmp_path):
     training, held_out = read_corpus(CorpusConfig(train=str(tmp_path / "a.txt"), held_out=str(tmp_path / "b.txt")))
     assert [document.text for document in training] == ["one text to learn"]
     assert [document.text for document in held_out] == ["another to measure on"]
+
+
+def test_names_of_fields_without_effect_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"q": f"{i}?", "a": f"{i}!"}) for i in range(4)))
+    with pytest.raises(ValueError, match=r"data\.prompt=q and data\.completion=a have no effect: .*a\.txt"):
+        read_corpus(CorpusConfig(train=str(tmp_path / "a.txt"), prompt="q", completion="a"))
+    pairs = CorpusConfig(train=str(tmp_path / "pairs.jsonl"), prompt="q", completion="a", held_out_share=0.25)
+    training, held_out = read_corpus(pairs)
+    assert len(training + held_out) == 4

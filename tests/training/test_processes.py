@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from minillm.training import Records
+from minillm.training import Records, distributed
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -24,6 +25,39 @@ def tiny_run(monkeypatch):
     import tiny_run
 
     return tiny_run
+
+
+def test_an_error_in_the_main_process_reaches_the_others(monkeypatch):
+    """As rank 1 sees it: the broadcast brings what rank 0 sent."""
+    sent = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda values, src: sent.append(list(values)))
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    for failure in (ValueError("short of text"), OSError("short of disk"), KeyError("a bug")):
+        with pytest.raises(type(failure)) as raised:
+            distributed.from_main(lambda failure=failure: (_ for _ in ()).throw(failure))
+        assert raised.value is failure
+    assert distributed.from_main(lambda: 3) == 3
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    arriving = iter(list(sent))
+    monkeypatch.setattr(
+        distributed.dist, "broadcast_object_list", lambda values, src: values.__setitem__(0, next(arriving)[0])
+    )
+    for expected, message in ((ValueError, "short of text"), (ValueError, "short of disk"), (RuntimeError, "'a bug'")):
+        with pytest.raises(expected, match=f"^{message}$"):
+            distributed.from_main(lambda: pytest.fail("only the main process makes it"))
+    assert distributed.from_main(lambda: 4) == 3
+
+
+def test_the_others_wait_long_enough_for_the_main_process(monkeypatch):
+    """Torch's own patience (10 or 30 minutes) is less than the tokenising of a large text may take."""
+    asked = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **options: asked.update(options))
+    monkeypatch.setattr(distributed, "_leave", lambda: None)
+    with distributed.process_group("cpu"):
+        assert asked["timeout"] >= timedelta(hours=12)
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ def test_config_comes_back(tmp_path):
 def test_a_used_folder_is_refused(tmp_path, part):
     (tmp_path / part).mkdir()
     with pytest.raises(
-        ValueError, match=rf"already holds a run \({part}\): continue it with --resume .* choose another"
+        ValueError,
+        match=rf"already holds a run \({part}\): continue it where its command has --resume .* choose another",
     ):
         create_run_folder(tmp_path, {})
 

@@ -171,6 +171,21 @@ def test_parameters_out_of_reach(make_trainer, toy):
         make_trainer(model=model).fit()
 
 
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (lambda loss: loss.value, r"a Tensor of shape \(\), and a Loss"),
+        (lambda loss: None, "a NoneType, and"),
+        (lambda loss: (loss.value, loss.weight), "a tuple, and"),
+        (lambda loss: Loss(loss.value.expand(3), 3), r"a Loss of a Tensor of shape \(3,\), and a Loss of a scalar is"),
+        (lambda loss: Loss(1.0, 3), "a Loss of a float, and"),
+    ],
+)
+def test_loss_function_that_returns_something_else(make_trainer, toy_loss, wrong, said):
+    with pytest.raises(ValueError, match=rf"the loss function returned {said}.*Write: return Loss\(value, weight\)"):
+        make_trainer(loss_fn=lambda model, batch: wrong(toy_loss(model, batch))).fit()
+
+
 def test_loss_without_a_graph(make_trainer, toy_loss):
     with pytest.raises(ValueError, match="the loss depends on no trainable parameter"):
         make_trainer(loss_fn=lambda m, b: Loss(toy_loss(m, b).value.detach(), 1)).fit()
