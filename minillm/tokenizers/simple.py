@@ -39,6 +39,7 @@ class CharTokenizer(Tokenizer):
     """
 
     kind: ClassVar[str] = "characters"
+    lossless = False
 
     def __init__(self, alphabet: Sequence[str], special_symbols: Sequence[str] = ()):
         wrong = [c for c in alphabet if len(c) != 1]

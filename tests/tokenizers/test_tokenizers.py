@@ -154,6 +154,38 @@ def test_printable_ascii_has_short_pieces():
     assert all(len(BPE.encode(c)) == 1 for c in string.printable)
 
 
+@EVERY
+def test_inputs_of_our_own_models(tokenizer):
+    """`<s> a </s>` and `<s> a </s> b </s>`, where the second text has type 1."""
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert tokenizer.with_specials([7, 8]) == ([bos, 7, 8, eos], [0, 0, 0, 0])
+    assert tokenizer.with_specials([7, 8], [9]) == ([bos, 7, 8, eos, 9, eos], [0, 0, 0, 0, 1, 1])
+    assert tokenizer.with_specials([], []) == ([bos, eos, eos], [0, 0, 1])
+    assert tokenizer.mask_id is None and tokenizer.roles["eos"] == "</s>" and not tokenizer.leading_space
+
+
+def test_mask_is_a_special_symbol():
+    tokenizer = ByteTokenizer(["<mask>"])
+    assert tokenizer.mask_id == tokenizer.special_ids["<mask>"] == 259
+
+
+@LOSSLESS
+def test_words_by_hand(tokenizer):
+    """A word starts after white space; a special token belongs to none, and ends one."""
+    text = "The fox\nČez cesto"
+    ids = tokenizer.encode(text)
+    found = {}
+    for token, word in zip(ids, tokenizer.word_ids(ids), strict=True):
+        found[word] = found.get(word, b"") + tokenizer.token_bytes(token)
+    assert b"".join(found.values()).decode() == text
+    assert [word.split() for word in found.values() if word.strip()] == [[w.encode()] for w in text.split()]
+    assert not any(b"\n" in word and word.strip() and not word.endswith(b"\n") for word in found.values())
+    a, eos = tokenizer.encode("a")[0], tokenizer.eos_id
+    assert tokenizer.word_ids([eos, a, eos, a, a]) == [None, 0, None, 1, 1]
+    ids, at = tokenizer.encode_words(text.split())
+    assert tokenizer.decode(ids) == " ".join(text.split()) and sorted(set(at)) == [0, 1, 2, 3]
+
+
 # --- bad training input
 
 
