@@ -1,19 +1,49 @@
-"""Floor 3: text from a model. Filters and samplers on logits, the decoding loop, streaming."""
+"""Floor 3: text from a model. Filters and samplers on logits, the decoding loop, beam search, streaming."""
 
+from minillm.generation.beam import Hypotheses, beam_search
+from minillm.generation.filters import (
+    LogitsFilter,
+    forced_first,
+    forced_last,
+    min_new_tokens,
+    no_repeat_ngram,
+    repetition_penalty,
+)
 from minillm.generation.generate import generate, generate_tokens, static_cache
+from minillm.generation.next_logits import CausalModel, NextLogits, Seq2Seq
 from minillm.generation.nonfinite import first_nonfinite
 from minillm.generation.sampling import Sampler, greedy, sampler, temperature, top_k, top_p
-from minillm.generation.text import TextUntilStop, encode_prompts, generate_text, stream_text
+from minillm.generation.text import (
+    TextUntilStop,
+    beam_search_text,
+    encode_prompts,
+    encode_sources,
+    generate_text,
+    stream_text,
+)
 
 __all__ = [
+    "CausalModel",
+    "Hypotheses",
+    "LogitsFilter",
+    "NextLogits",
     "Sampler",
+    "Seq2Seq",
     "TextUntilStop",
+    "beam_search",
+    "beam_search_text",
     "encode_prompts",
+    "encode_sources",
     "first_nonfinite",
+    "forced_first",
+    "forced_last",
     "generate",
     "generate_text",
     "generate_tokens",
     "greedy",
+    "min_new_tokens",
+    "no_repeat_ngram",
+    "repetition_penalty",
     "sampler",
     "static_cache",
     "stream_text",

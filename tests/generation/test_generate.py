@@ -232,15 +232,26 @@ def refused(match, model, tokens, **options):
         generate(model, tokens, **{"max_new_tokens": 4, **options})  # refused at the call, not at the first token
 
 
-def test_prompt_longer_than_the_model_allows(model, tokens):
+@pytest.mark.parametrize(
+    "length, max_new_tokens, advice",
+    [
+        (7, 34, "lower max_new_tokens to 33, or shorten the prompt to 6 (keep its end)"),
+        (7, 40, "lower max_new_tokens to 33"),  # no prompt is short enough
+        (40, 4, "shorten the prompt to 36 (keep its end)"),  # no continuation is short enough
+        (40, 40, "shorten the prompt (keep its end) and lower max_new_tokens"),
+    ],
+)
+def test_prompt_longer_than_the_model_allows(model, length, max_new_tokens, advice):
     refused(
-        r"prompt of 7 tokens \+ max_new_tokens=34 make 41, more than the model's max_positions=40: "
-        r"shorten the prompt to 6 or max_new_tokens to 33",
+        rf"prompt of {length} tokens \+ max_new_tokens={max_new_tokens} make {length + max_new_tokens}, more than the "
+        rf"model's max_positions=40: {re.escape(advice)}$",
         model,
-        tokens,
-        max_new_tokens=34,
+        torch.ones(1, length, dtype=torch.long),
+        max_new_tokens=max_new_tokens,
     )
-    refused("prompt of 41 tokens.*keep its end", model, torch.ones(1, 41, dtype=torch.long))
+
+
+def test_the_longest_prompt_that_the_model_allows(model, tokens):
     assert generate_tokens(model, tokens, max_new_tokens=33).shape == (3, 33)
 
 

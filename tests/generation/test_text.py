@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.generation import TextUntilStop, generate_text, sampler, stream_text
+from minillm.generation import TextUntilStop, encode_prompts, generate_text, sampler, stream_text
 from minillm.models import ModelConfig, build
 from minillm.tokenizers import ByteTokenizer, CharTokenizer
+from minillm.tokenizers.formats import InputFormat
 
 BYTES = ByteTokenizer()
 
@@ -113,6 +114,24 @@ def test_batch_is_each_prompt_alone(model):
     assert generate_text(model, BYTES, prompts, max_new_tokens=20, stop=stop) == want
 
 
+def test_prompts_have_the_form_of_a_beginning():
+    """`<s> text` where that is the tokenizer's whole format, as Llama's; but never `<s> text </s>`: that is an end."""
+    torch.manual_seed(0)
+    model, bos = (
+        build(ModelConfig(vocab_size=BYTES.vocab_size, hidden_size=16, num_layers=1, num_heads=2)),
+        BYTES.bos_id,
+    )
+    tokens, mask = encode_prompts(model, BYTES, ["ab", "c"])
+    assert tokens.tolist() == [[97, 98], [BYTES.pad_id, 99]] and mask.tolist() == [[True, True], [False, True]]
+
+    class Open(ByteTokenizer):
+        input_format = InputFormat(single=((bos, 0), ("A", 0)), pair=((bos, 0), ("A", 0), ("B", 0)))
+
+    tokens, mask = encode_prompts(model, Open(), ["ab", "c", ""])
+    assert tokens.tolist() == [[bos, 97, 98], [BYTES.pad_id, bos, 99], [BYTES.pad_id, BYTES.pad_id, bos]]
+    assert mask.sum(-1).tolist() == [3, 2, 1]
+
+
 def test_seed_repeats_text(model):
     def sample(seed):
         draw = sampler(generator=torch.Generator().manual_seed(seed))
@@ -143,7 +162,9 @@ def test_a_model_without_fingerprint_takes_any_tokenizer_whose_ids_it_knows(mode
 
 
 def test_empty_prompts(model):
-    with pytest.raises(ValueError, match=r"prompts \[1, 2\] are empty: the model needs at least one token"):
+    with pytest.raises(
+        ValueError, match=rf"prompts \[1, 2\] are empty: .*begin a new document.*tensor\(\[\[{BYTES.eos_id}\]\]\)"
+    ):
         generate_text(model, BYTES, ["a", "", ""], max_new_tokens=3)
     with pytest.raises(ValueError, match="there is no prompt"):
         generate_text(model, BYTES, [], max_new_tokens=3)
