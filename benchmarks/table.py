@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-NAMES = ("training_step", "head_loss", "lora_linear", "decode", "import_time")  # a module here, a file in results/
+NAMES = ("training_step", "head_loss", "lora_linear", "decode", "recurrent", "import_time")  # a module here, a file in results/
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 

@@ -1,6 +1,7 @@
 """Floor 2: models, built from the layers."""
 
 from minillm.models.build import build
+from minillm.models.cards import CARDS, Card, find_card
 from minillm.models.config import ModelConfig
 from minillm.models.decoder import Decoder
 from minillm.models.encoder import Encoder
@@ -24,11 +25,15 @@ from minillm.models.heads import (
 from minillm.models.inspect import attention_maps, count_parameters
 from minillm.models.io import load_model, save_model, weights_fingerprint
 from minillm.models.loading import load
+from minillm.models.memory import TrainingMemory, training_memory
 from minillm.models.recurrent import RecurrentConfig, RecurrentLM
 from minillm.models.recurrent_seq2seq import RecurrentEncoderDecoder
+from minillm.models.size import ModelSize, model_size
 
 __all__ = [
+    "CARDS",
     "HEADS",
+    "Card",
     "Classifier",
     "Decoder",
     "Encoder",
@@ -37,6 +42,7 @@ __all__ = [
     "HeadConfig",
     "MaskedLM",
     "ModelConfig",
+    "ModelSize",
     "MultipleChoice",
     "RecurrentConfig",
     "RecurrentEncoderDecoder",
@@ -44,16 +50,20 @@ __all__ = [
     "SentenceEmbedder",
     "SpanExtractor",
     "Tagger",
+    "TrainingMemory",
     "attention_maps",
     "build",
     "build_with_head",
     "count_parameters",
+    "find_card",
     "gradient_flow",
     "load",
     "load_hf",
     "load_model",
+    "model_size",
     "put_head",
     "save_hf",
     "save_model",
+    "training_memory",
     "weights_fingerprint",
 ]

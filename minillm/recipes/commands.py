@@ -68,9 +68,16 @@ COMMANDS = {
         },
     ),
     "info": Command(
-        "what runs here, or what a folder holds",
-        "minillm info runs/notes",
+        "what runs here, what a folder holds, or how large a well-known language model is",
+        "minillm info runs/notes\nminillm info llama-3.3-70b length=4096\nminillm info models",
         "minillm.recipes.info:info",
-        arguments={"folder": {"nargs": "?", "help": "a run, model, adapter or tokenizer folder; none: this machine"}},
+        "minillm.recipes.model_info:InfoConfig",
+        {
+            "folder": {
+                "nargs": "?",
+                "help": "a run, model, adapter or tokenizer folder, the name of a well-known model, or `models` for "
+                "all of them; none: this machine",
+            }
+        },
     ),
 }

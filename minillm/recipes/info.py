@@ -1,6 +1,7 @@
-"""`minillm info`: what runs here, or what a folder holds."""
+"""`minillm info`: what runs here, what a folder holds, or how large a well-known model is."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,37 @@ import torch
 from safetensors import safe_open
 
 from minillm import ops
-from minillm.config import from_dict
+from minillm.config import from_dict, to_dict
 from minillm.files import read_json
 from minillm.models import ModelConfig, build, count_parameters
+from minillm.models.cards import CARDS, find_card
 from minillm.recipes.common import format_table
 from minillm.recipes.locate import find_tokenizer, locate
+from minillm.recipes.model_info import InfoConfig, describe_card, describe_costs, list_cards, parts_table
 from minillm.tokenizers import load_tokenizer
 from minillm.training import Records, list_checkpoints
 from minillm.training.run_folder import environment
 
+DEFAULTS = InfoConfig()
 
-def info(folder: str | None = None) -> str:
-    """A text about the folder, or about this machine when there is none."""
-    return describe_folder(folder) if folder else describe_machine()
+
+def info(what: str | None = None, config: InfoConfig = DEFAULTS) -> str:
+    """A text about this machine (None), a model card by its name, all cards ("models"), or a folder.
+
+    A name that is a card's and a folder's means the card; "./name" is the folder.
+    """
+    if what is None:
+        return describe_machine()
+    if what == "models":
+        return list_cards()
+    if what.lower() in CARDS:
+        return describe_card(find_card(what), config)
+    if Path(what).name == what and not Path(what).exists():  # a name, not a path
+        try:
+            find_card(what)
+        except ValueError as error:
+            raise ValueError(f"{error}\nNor is there a folder {what} in {Path.cwd()}.") from None
+    return describe_folder(what, config)
 
 
 def describe_machine() -> str:
@@ -37,13 +56,15 @@ def describe_machine() -> str:
     return _section("here", facts) + "\n\n" + format_table(("op", "runs", "faster ones"), rows)
 
 
-def describe_folder(path: str) -> str:
+def describe_folder(path: str, config: InfoConfig = DEFAULTS) -> str:
     """Config, sizes, tokenizer and last measurements of a run, model, adapter or tokenizer folder."""
     folder = Path(path)
     parts = [_run(folder)] if (folder / "environment.json").is_file() else []
+    if is_hub_folder(folder):
+        return _hub_model(folder, config)
     if holds_weights(folder):
         kind, found = locate(folder)
-        parts.append(_model(found) if kind == "model" else _adapter(found))
+        parts.append(_model(found, config) if kind == "model" else _adapter(found))
     elif not parts and not (folder / "tokenizer.json").is_file():
         locate(folder)  # says what is there instead
     if any((place / "tokenizer.json").is_file() for place in (folder, folder / "tokenizer", folder / "model")):
@@ -57,6 +78,23 @@ def holds_weights(folder: Path) -> bool:
     """Whether `locate` would find a model or an adapter there."""
     places = (folder, folder / "model", folder / "adapter")
     return any((p / name).is_file() for p in places for name in ("model.safetensors", "adapter_config.json"))
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether its config.json is one of the Hugging Face Hub's."""
+    path = folder / "config.json"
+    described = read_json(path) if path.is_file() else {}
+    return isinstance(described, dict) and "model_type" in described
+
+
+def _hub_model(folder: Path, options: InfoConfig) -> str:
+    """The sizes of the body (and LM head) that the Hub's config.json describes; its weights are not looked at."""
+    from minillm.models.families.configs import find_family, read_config
+
+    where = folder / "config.json"
+    described = read_json(where)
+    config = read_config(find_family(described, where), described, where)
+    return _sizes(f"model {folder}", to_dict(config).items(), config, options)
 
 
 def _run(folder: Path) -> str:
@@ -84,15 +122,17 @@ def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
     return [pair for key, inner in value.items() for pair in _flat(f"{name}: {key}", inner)]
 
 
-def _model(folder: Path) -> str:
+def _model(folder: Path, options: InfoConfig) -> str:
     described = read_json(folder / "config.json")
     config = from_dict(ModelConfig, described["model"], where=f"{folder / 'config.json'}: ")
+    size = os.path.getsize(folder / "model.safetensors")
+    return _sizes(f"model {folder}", [*described["model"].items(), ("weights", f"{size:,} bytes")], config, options)
+
+
+def _sizes(title: str, facts: Iterable[tuple[str, Any]], config: ModelConfig, options: InfoConfig) -> str:
     with torch.device("meta"):  # shapes are enough for counting
         counts = count_parameters(build(config))
-    size = os.path.getsize(folder / "model.safetensors")
-    facts = [*described["model"].items(), ("weights", f"{size:,} bytes")]
-    parts = [(part, f"{count:,}", f"{100 * count / counts['total']:.1f} %") for part, count in counts.items()]
-    return _section(f"model {folder}", facts) + "\n\n" + format_table(("part", "parameters", "share"), parts)
+    return "\n\n".join([_section(title, facts), parts_table(counts), describe_costs(config, options)])
 
 
 def _adapter(folder: Path) -> str:
