@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from minillm.config import seed_flaw
 from minillm.data.tokens import TokenFile
 
 
@@ -28,8 +29,7 @@ class Loader(ABC):
             wrong.append(f"batch_size {batch_size} (of all ranks together) does not divide by world_size {world_size}")
         if not 0 <= rank < world_size:
             wrong.append(f"rank {rank} is not in 0..{world_size - 1}")
-        if seed < 0:
-            wrong.append(f"seed {seed} is negative")
+        wrong += seed_flaw(seed)
         if wrong:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(wrong))
         self.token_file, self.batch_size, self.length = token_file, batch_size, length

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from minillm.config import seed_flaw
 from minillm.data.loader import Loader
 
 
@@ -59,8 +60,7 @@ class MixedLoader:
             wrong.append(f"probabilities must be from 0 to 1, got {bad}")
         elif abs(math.fsum(probabilities.values()) - 1) > 1e-6:
             wrong.append(f"probabilities sum to {math.fsum(probabilities.values())}, not to 1")
-        if seed < 0:
-            wrong.append(f"seed {seed} is negative")
+        wrong += seed_flaw(seed)
         if wrong:
             raise ValueError("MixedLoader: " + "; ".join(wrong))
         self.loaders, self.seed = {name: loaders[name] for name in sorted(loaders)}, seed  # the order decides draws

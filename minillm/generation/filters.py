@@ -57,6 +57,16 @@ def repetition_penalty(penalty: float) -> LogitsFilter:
     return keep
 
 
+def known_ids(count: int) -> LogitsFilter:
+    """Only the first `count` ids: many models have more rows than their tokenizer has ids, and learn nothing in them."""
+    _raise_unless(count >= 1, f"known_ids({count}): must be at least 1")
+
+    def keep(logits: Tensor, tokens: Tensor, num_new: int) -> Tensor:
+        return logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= count, -math.inf)
+
+    return keep
+
+
 def min_new_tokens(at_least: int, stop_ids: Collection[int]) -> LogitsFilter:
     """No stop id comes before there are `at_least` new tokens.
 

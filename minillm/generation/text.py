@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minillm.generation.beam import beam_search
-from minillm.generation.filters import LogitsFilter
+from minillm.generation.filters import LogitsFilter, known_ids
 from minillm.generation.generate import generate
 from minillm.generation.next_logits import CausalModel, Seq2Seq
 from minillm.generation.sampling import Sampler, greedy
@@ -70,6 +70,7 @@ def generate_text(
     Raises ValueError for a tokenizer that is not the model's, empty prompts, and whatever `generate` refuses.
     """
     continues = not isinstance(model, Seq2Seq)
+    filters = [*_only_known(model, tokenizer), *filters]
     model, tokens, mask = _begin(model, tokenizer, prompts)
     texts = [TextUntilStop(tokenizer, _checked_stop(stop), continues) for _ in prompts]
     found = [""] * len(texts)
@@ -92,6 +93,7 @@ def stream_text(
 ) -> Iterator[str]:
     """As `generate_text` for one prompt, but yields the text piece by piece; the pieces join to the same string."""
     text = TextUntilStop(tokenizer, _checked_stop(stop), continues=not isinstance(model, Seq2Seq))
+    filters = [*_only_known(model, tokenizer), *filters]
     model, tokens, _ = _begin(model, tokenizer, [prompt])
     return _stream(generate(model, tokens, max_new_tokens=max_new_tokens, sampler=sampler, filters=filters), text)
 
@@ -103,6 +105,7 @@ def beam_search_text(
     `generate_text`. `options` are those of `beam_search`: num_beams, max_new_tokens, length_penalty, filters, ...
     """
     continues = not isinstance(model, Seq2Seq)
+    options["filters"] = [*_only_known(model, tokenizer), *options.get("filters", ())]
     model, tokens, mask = _begin(model, tokenizer, prompts)
     options = {"stop_ids": [tokenizer.eos_id], "pad_id": tokenizer.eos_id, "mask": mask, **options}
     found = beam_search(model, tokens, **options).tokens.tolist()  # (B, n, L)
@@ -122,6 +125,11 @@ def _stream(steps: Iterator[Tensor], text: TextUntilStop) -> Iterator[str]:
             return
     if rest := text.flush():
         yield rest
+
+
+def _only_known(model: CausalModel | Seq2Seq, tokenizer: Tokenizer) -> list[LogitsFilter]:
+    """Where the model has more ids than the tokenizer, the others never come: they stand for no text."""
+    return [known_ids(tokenizer.vocab_size)] if model.config.vocab_size > tokenizer.vocab_size else []
 
 
 def _begin(

@@ -9,6 +9,7 @@ import torch
 
 from minillm.config import seed_flaw
 from minillm.generation import sampler, stream_text
+from minillm.models import EncoderDecoder
 from minillm.peft import merge
 from minillm.recipes.locate import load
 from minillm.training.distributed import pick_device
@@ -50,6 +51,7 @@ def generate(folder: str | Path, prompt: str, config: GenerateConfig) -> Iterato
     size = model.config.vocab_size
     choose = sampler(config.temperature, config.top_k, config.top_p, generator, vocab_size=size)
     stop = [text.replace("\\n", "\n") for text in config.stop]
-    room = model.config.max_positions - len(tokenizer.encode(prompt))
+    written = 1 if isinstance(model, EncoderDecoder) else len(tokenizer.encode(prompt))  # by the decoder, at the start
+    room = model.config.max_positions - written
     count = max(1, min(MAX_NEW_TOKENS, room)) if config.max_new_tokens is None else config.max_new_tokens
     return stream_text(model, tokenizer, prompt, max_new_tokens=count, sampler=choose, stop=stop)

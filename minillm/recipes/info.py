@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from minillm import ops
-from minillm.config import from_dict, to_dict
+from minillm.config import to_dict
 from minillm.files import read_json
 from minillm.models import ModelConfig, build, count_parameters
 from minillm.models.cards import CARDS, find_card
+from minillm.models.families.configs import find_family, read_config
+from minillm.models.io import build_described
 from minillm.recipes.common import format_table
-from minillm.recipes.locate import find_tokenizer, locate
+from minillm.recipes.locate import WEIGHTS, find_tokenizer, holds_tokenizer, locate, quote
 from minillm.recipes.model_info import InfoConfig, describe_card, describe_costs, list_cards, parts_table
 from minillm.tokenizers import load_tokenizer
 from minillm.training import Records, list_checkpoints
@@ -61,13 +64,13 @@ def describe_folder(path: str, config: InfoConfig = DEFAULTS) -> str:
     folder = Path(path)
     parts = [_run(folder)] if (folder / "environment.json").is_file() else []
     if is_hub_folder(folder):
-        return _hub_model(folder, config)
-    if holds_weights(folder):
+        parts.append(_hub_model(folder, config))
+    elif holds_weights(folder):
         kind, found = locate(folder)
         parts.append(_model(found, config) if kind == "model" else _adapter(found))
-    elif not parts and not (folder / "tokenizer.json").is_file():
+    elif not parts and not holds_tokenizer(folder):
         locate(folder)  # says what is there instead
-    if any((place / "tokenizer.json").is_file() for place in (folder, folder / "tokenizer", folder / "model")):
+    if any(holds_tokenizer(place) for place in (folder, folder / "tokenizer", folder / "model")):
         tokenizer = load_tokenizer(find_tokenizer(folder))
         facts = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
         parts.append(_section("tokenizer", facts.items()))
@@ -77,7 +80,7 @@ def describe_folder(path: str, config: InfoConfig = DEFAULTS) -> str:
 def holds_weights(folder: Path) -> bool:
     """Whether `locate` would find a model or an adapter there."""
     places = (folder, folder / "model", folder / "adapter")
-    return any((p / name).is_file() for p in places for name in ("model.safetensors", "adapter_config.json"))
+    return any((p / name).is_file() for p in places for name in (*WEIGHTS, "adapter_config.json"))
 
 
 def is_hub_folder(folder: Path) -> bool:
@@ -89,12 +92,12 @@ def is_hub_folder(folder: Path) -> bool:
 
 def _hub_model(folder: Path, options: InfoConfig) -> str:
     """The sizes of the body (and LM head) that the Hub's config.json describes; its weights are not looked at."""
-    from minillm.models.families.configs import find_family, read_config
-
     where = folder / "config.json"
     described = read_json(where)
     config = read_config(find_family(described, where), described, where)
-    return _sizes(f"model {folder}", to_dict(config).items(), config, options)
+    with torch.device("meta"):
+        model = build(config)
+    return _sizes(f"model {folder}", to_dict(config).items(), model, options)
 
 
 def _run(folder: Path) -> str:
@@ -109,11 +112,18 @@ def _run(folder: Path) -> str:
     checkpoints = list(list_checkpoints(folder))
     facts += [("checkpoints", f"steps {', '.join(map(str, checkpoints))}")] if checkpoints else []
     if (folder / "report.json").is_file():
-        report = read_json(folder / "report.json")
-        facts += [pair for key, value in report.items() if key != "parameters" for pair in _flat(key, value)]
+        facts += _report(folder / "report.json")
     elif recipe in ("pretrain", "tune"):
-        facts += [("finished", f"no: minillm {recipe} run={folder} --resume goes on")]
+        facts += [("finished", f"no: minillm {recipe} run={quote(folder)} --resume goes on")]
     return _section(f"run {folder}", facts)
+
+
+def _report(path: Path) -> list[tuple[str, Any]]:
+    try:
+        report = read_json(path)
+    except ValueError as error:
+        return [("report", f"cannot be shown: {error}")]
+    return [pair for key, value in report.items() if key != "parameters" for pair in _flat(key, value)]
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
@@ -124,15 +134,18 @@ def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
 
 def _model(folder: Path, options: InfoConfig) -> str:
     described = read_json(folder / "config.json")
-    config = from_dict(ModelConfig, described["model"], where=f"{folder / 'config.json'}: ")
-    size = os.path.getsize(folder / "model.safetensors")
-    return _sizes(f"model {folder}", [*described["model"].items(), ("weights", f"{size:,} bytes")], config, options)
-
-
-def _sizes(title: str, facts: Iterable[tuple[str, Any]], config: ModelConfig, options: InfoConfig) -> str:
     with torch.device("meta"):  # shapes are enough for counting
-        counts = count_parameters(build(config))
-    return "\n\n".join([_section(title, facts), parts_table(counts), describe_costs(config, options)])
+        model = build_described(described, where=f"{folder / 'config.json'}: ")
+    size = os.path.getsize(folder / "model.safetensors")
+    facts = [*described["model"].items(), *_flat("head", described.get("head") or {})]
+    return _sizes(f"model {folder}", [*facts, ("weights", f"{size:,} bytes")], model, options)
+
+
+def _sizes(title: str, facts: Iterable[tuple[str, Any]], model: nn.Module, options: InfoConfig) -> str:
+    parts = [_section(title, facts), parts_table(count_parameters(model))]
+    if isinstance(model.config, ModelConfig):  # recurrent models have no cache that grows and no attention
+        parts.append(describe_costs(model.config, options))
+    return "\n\n".join(parts)
 
 
 def _adapter(folder: Path) -> str:

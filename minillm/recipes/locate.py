@@ -10,9 +10,11 @@ import torch
 
 from minillm.config import nearest
 from minillm.files import read_json
-from minillm.models import Decoder, load_model
+from minillm.models import Decoder, EncoderDecoder
+from minillm.models import load as load_any
 from minillm.peft import Report, load_adapter
 from minillm.tokenizers import Tokenizer, check_same, load_tokenizer
+from minillm.tokenizers.folder import BPE, FILES, WORDPIECE
 
 
 def quote(path: str | Path) -> str:
@@ -30,9 +32,17 @@ class Located(NamedTuple):
 class Loaded(NamedTuple):
     """A model ready for use, its own tokenizer, and what was tuned, if it was."""
 
-    model: Decoder
+    model: Decoder | EncoderDecoder
     tokenizer: Tokenizer
     report: Report | None
+
+
+WEIGHTS = (  # as we and transformers call them
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def locate(path: str | Path) -> Located:
@@ -44,7 +54,7 @@ def locate(path: str | Path) -> Located:
                 f"{path} is a checkpoint, to resume a run from, and no model: when the run is finished, name it itself "
                 f"({path.absolute().parent.parent})"
             )
-        if (folder / "model.safetensors").is_file():
+        if any((folder / name).is_file() for name in WEIGHTS):
             return Located("model", folder)
         if (folder / "adapter_config.json").is_file():
             return Located("adapter", folder)
@@ -70,11 +80,16 @@ def _what_is_there(path: Path) -> str:
     return f"{path} is no run, model or adapter; it holds {sorted(entry.name for entry in path.iterdir())[:20]}"
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there are files that `load_tokenizer` makes a tokenizer of."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *FILES, WORDPIECE[0], BPE[0]))
+
+
 def find_tokenizer(path: str | Path) -> Path:
     """The folder of the tokenizer that belongs to a run, model, adapter or tokenizer folder."""
     path = Path(path)
     for folder in (path, path / "tokenizer", path / "model"):
-        if (folder / "tokenizer.json").is_file():
+        if holds_tokenizer(folder):
             return folder
     if not path.is_dir():
         raise ValueError(_what_is_there(path))
@@ -114,7 +129,17 @@ def load(path: str | Path, *, base: str = "", device: torch.device | str = "cpu"
 
 def load_base(folder: Path, device: torch.device | str = "cpu") -> Loaded:
     """The model of a model folder and the tokenizer beside it, which must be the one the model was trained with."""
-    model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
+    model, tokenizer = load_any(folder, device=device), load_tokenizer(folder)
+    if not isinstance(model, Decoder | EncoderDecoder) or model.lm_head is None:
+        raise ValueError(
+            f"{folder} holds a {type(model).__name__}, which writes no text: tune and generate take models with an LM "
+            "head; use this one in Python, with minillm.load"
+        )
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: they "
+            "do not belong together"
+        )
     if model.tokenizer_fingerprint is not None:
         check_same(model.tokenizer_fingerprint, tokenizer, str(folder))
     return Loaded(model, tokenizer, None)

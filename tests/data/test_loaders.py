@@ -254,7 +254,7 @@ def test_state_of_other_data_or_settings_is_refused(long, plain):
 
 
 def test_wrong_arguments(plain):
-    with pytest.raises(ValueError, match=r"length 0 is not.*batch_size 3 .* by world_size 2; rank 2 is not.*seed -1"):
+    with pytest.raises(ValueError, match=r"length 0 is not.*batch_size 3 .* by world_size 2; rank 2 is not.*seed=-1"):
         PackedLoader(plain, 3, 0, seed=-1, rank=2, world_size=2)
     with pytest.raises(ValueError, match=r"has 3 rows of length 6 \(17 tokens, 3 documents\), fewer than batch_size 4"):
         PackedLoader(plain, 4, 6)

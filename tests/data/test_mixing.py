@@ -129,7 +129,7 @@ def test_state_of_other_loaders_is_refused_and_nothing_moves(files):
 def test_wrong_loaders(files):
     with pytest.raises(ValueError, match=r"loaders for \['en', 'sl'\] and probabilities for \['en', 'hr', 'sl'\]"):
         make(files, names=("sl", "en"))
-    with pytest.raises(ValueError, match=r"probabilities sum to 1.5, not to 1; seed -1 is negative"):
+    with pytest.raises(ValueError, match=r"probabilities sum to 1.5, not to 1; seed=-1: a whole number from 0"):
         make(files, probabilities={"sl": 0.5, "en": 0.5, "hr": 0.5}, seed=-1)
     with pytest.raises(ValueError, match=r"from 0 to 1, got \{'sl': -0.5\}"):
         make(files, probabilities={"sl": -0.5, "en": 0.5, "hr": 1.0})

@@ -12,6 +12,7 @@ from minillm.generation import (
     forced_first,
     forced_last,
     generate_tokens,
+    known_ids,
     min_new_tokens,
     no_repeat_ngram,
     repetition_penalty,
@@ -137,3 +138,11 @@ def test_the_filters_act_in_order_and_before_the_sampler(model):
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_known_ids_are_the_first_ones():
+    logits = torch.randn(2, 7)
+    kept = known_ids(5)(logits, torch.zeros(2, 3, dtype=torch.long), 0)
+    assert torch.equal(kept[:, :5], logits[:, :5]) and (kept[:, 5:] == -math.inf).all()
+    with pytest.raises(ValueError, match="must be at least 1"):
+        known_ids(0)
