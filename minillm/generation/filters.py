@@ -58,7 +58,7 @@ def repetition_penalty(penalty: float) -> LogitsFilter:
 
 
 def known_ids(count: int) -> LogitsFilter:
-    """Only the first `count` ids: many models have more rows than their tokenizer has ids, and learn nothing in them."""
+    """Only the first `count` ids: many models have more rows than their tokenizer has ids."""
     _raise_unless(count >= 1, f"known_ids({count}): must be at least 1")
 
     def keep(logits: Tensor, tokens: Tensor, num_new: int) -> Tensor:

@@ -71,6 +71,8 @@ GPT2 = Family(
 
 def _read_rope(theirs: dict[str, Any]) -> dict[str, Any]:
     """Old files have `rope_theta` and `rope_scaling` (or nothing), newer ones both in `rope_parameters`."""
+    if not isinstance(theirs.get("attention_bias", False), bool):
+        raise ValueError(f"attention_bias={theirs['attention_bias']!r}: expected true or false, for all projections")
     rope = theirs.get("rope_parameters") or {}
     if not isinstance(rope, dict) or not isinstance(theirs.get("rope_scaling") or {}, dict):
         raise ValueError("rope_parameters and rope_scaling: expected an object")

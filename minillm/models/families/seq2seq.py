@@ -225,6 +225,7 @@ BART = Family(
     modules=_bart_modules(final_norm=False),
     token_ids={"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
     skipped_rows={"encoder.embed_positions": 2, "decoder.embed_positions": 2},
+    ignored=(r"(model\.)?(encoder|decoder)\.version",),  # fairseq's
     repeats={
         "{prefix}encoder.embed_tokens.weight": "{prefix}shared.weight",
         "{prefix}decoder.embed_tokens.weight": "{prefix}shared.weight",
