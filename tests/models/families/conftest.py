@@ -215,6 +215,7 @@ SELECTIONS = {  # an argument of a test -> the members it goes through
     "member": lambda member: True,
     "answering": lambda member: member.task not in REFINED,  # those compute what classification does
     "language_model": lambda member: member.task == "lm",
+    "learner": lambda member: member.task in ("lm", "masked_lm"),
     "encoder_head": lambda member: member.case.classes is ENCODER_CLASSES,
     "seq2seq_model": lambda member: member.class_name.endswith("ForConditionalGeneration"),
     "shifting": lambda member: member.class_name in ("T5ForConditionalGeneration", "BartForConditionalGeneration"),
