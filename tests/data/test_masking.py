@@ -154,6 +154,25 @@ def test_equals_transformers_given_the_same_draws(monkeypatch):
     assert torch.equal(ours["labels"], labels) and torch.equal(ours["tokens"], inputs)
 
 
+def test_whole_words_equal_transformers_given_the_same_draws(monkeypatch):
+    """Theirs knows words by the characters they touch; it masks all that are chosen."""
+    from transformers import DataCollatorForLanguageModeling
+
+    tokens, mask = text(16, 200)
+    words = (torch.rand(tokens.shape, generator=generator(8)) < 0.6).cumsum(1)  # words of 1 to several tokens
+    ours = objective(mask_share=1.0, random_share=0.0)(tokens, mask, generator(3), words)
+    replay = generator(3)
+    draws = iter([torch.rand(tokens.shape, generator=replay), torch.rand(tokens.shape, generator=replay)])
+    monkeypatch.setattr(torch, "bernoulli", lambda p, generator=None: (next(draws) < p).float())
+    starts = torch.arange(tokens.shape[1]) + words * 10  # a gap before every word
+    special = torch.tensor([[i in SPECIAL for i in row] for row in tokens.tolist()])
+    collator = DataCollatorForLanguageModeling(
+        FakeTokenizer(), whole_word_mask=True, mlm_probability=0.15, mask_replace_prob=1.0, random_replace_prob=0.0
+    )
+    inputs, labels = collator.torch_mask_tokens(tokens.clone(), special.long(), torch.stack([starts, starts + 1], -1))
+    assert torch.equal(ours["labels"], labels) and torch.equal(ours["tokens"], inputs)
+
+
 def test_shares_are_those_of_transformers():
     """Free draws on both sides: the counts of chosen, masked and unchanged tokens differ by at most 3 sigma."""
     from transformers import DataCollatorForLanguageModeling
