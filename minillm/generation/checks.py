@@ -1,5 +1,6 @@
 """Why generation cannot start: every reason, so that one error can list them all."""
 
+import inspect
 from collections.abc import Collection
 
 import torch
@@ -13,10 +14,22 @@ def raise_if(wrong: list[str]) -> None:
         raise ValueError("cannot generate:\n  " + "\n  ".join(wrong))
 
 
+def check_causal(model: CausalModel) -> None:
+    """Refuse what cannot be continued token by token: encoders and the heads on them."""
+    hidden = getattr(model, "hidden", None)
+    able = hidden is not None and getattr(model, "lm_head", None) is not None
+    if not able or "cache" not in inspect.signature(hidden).parameters:
+        raise ValueError(
+            f"{type(model).__name__} cannot generate: that takes a decoder, a recurrent language model or an "
+            "encoder-decoder, with a head over the vocabulary (lm_head)"
+        )
+
+
 def wrong_input(
     model: CausalModel, tokens: Tensor, max_new_tokens: int, stop_ids: Collection[int], mask: Tensor | None
 ) -> list[str]:
     """What is wrong with a prompt and the limits of its continuation, each with what to do about it."""
+    check_causal(model)
     wrong = []
     limit, vocab_size, length = model.config.max_positions, model.config.vocab_size, tokens.shape[-1]
     if max_new_tokens < 1:

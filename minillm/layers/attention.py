@@ -63,8 +63,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Attend and project back to D features.
 
-        `mask` (True = may see) and `bias` (added to the scores) speak of the newest keys; keys before them, such as
-        a learned prefix in the cache, are seen by all. `causal`: a query sees no later position.
+        `mask` (True = may see) and `bias` (added to the scores) speak of all tokens, cached ones included; a learned
+        prefix in the cache is seen by all. `causal`: a query sees no later position.
         `rotation`: cosines and sines that turn queries and keys. `cache` keeps this call's keys and values; a
         MemoryCache keeps those of `source` with its mask, and once filled it stands for both.
         """
@@ -88,15 +88,19 @@ class Attention(nn.Module):
         k, v = self._heads(self.k_proj(source), self.k_norm), self._heads(self.v_proj(source))  # (B, G, S, K)
         if rotation is not None:
             q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
+        tokens = k.shape[2] + (cache.offset if isinstance(cache, KVCache) else 0)
+        for name, told in (("mask", mask), ("bias", bias)):
+            if told is not None and told.shape[-1] != tokens:
+                raise ValueError(
+                    f"{name} speaks of {told.shape[-1]} keys, but there are {tokens}, cached ones included"
+                )
         if isinstance(cache, MemoryCache):
             cache.fill(k, v, mask)
-            return q, k, v, mask, bias
-        if cache is not None:
+        elif cache is not None:
             k, v = cache.update(k, v)
-        if mask is not None and (older := k.shape[2] - mask.shape[-1]):
-            mask = pad(mask, (older, 0), value=True)
-        if bias is not None and (older := k.shape[2] - bias.shape[-1]):
-            bias = pad(bias, (older, 0), value=0.0)
+        prefix = k.shape[2] - tokens
+        mask = pad(mask, (prefix, 0), value=True) if prefix and mask is not None else mask
+        bias = pad(bias, (prefix, 0), value=0.0) if prefix and bias is not None else bias
         return q, k, v, mask, bias
 
     def _heads(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:

@@ -51,6 +51,8 @@ def attention_maps(
     `kind` is "self_attn", or "cross_attn" for what a decoder reads of the source. Of an encoder-decoder, `stack` says
     whose self-attention: "encoder", or "decoder" (the default). Runs the model in eval mode, and leaves it as it was.
     """
+    if options.get("cache") is not None:
+        raise ValueError("attention_maps reads a text whole: leave cache out, which would be filled twice")
     attentions = _attentions(model, kind, stack)
     maps: dict[nn.Module, Tensor] = {}
 

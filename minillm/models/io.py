@@ -26,7 +26,9 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """Write the model's config, weights and their checksum to `folder`, whole or not at all.
 
     Tied weights are stored once. What else a folder should hold, such as the tokenizer, is added by the caller.
+    Raises ValueError for a model that its config does not describe, as with an adapter in it: it could not be loaded.
     """
+    _check_described(model)
     with atomic_folder(folder) as temporary:
         save_file(dict(model.named_parameters()), temporary / "model.safetensors", metadata={"format": "pt"})
         described = {
@@ -77,6 +79,17 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "lm_head": not isinstance(model, Head) and getattr(model, "lm_head", None) is not None,
         "origin": getattr(model, "origin", None),  # the Hub's config.json it was loaded from, for saving back
     }
+
+
+def _check_described(model: nn.Module) -> None:
+    with torch.device("meta"):
+        plain = {name: parameter.shape for name, parameter in build_described(_describe(model)).named_parameters()}
+    given = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if other := [name for name in plain | given if plain.get(name) != given.get(name)]:
+        raise ValueError(
+            f"the config of this {type(model).__name__} does not describe all that it holds: {', '.join(other[:4])} "
+            "... Fold adapters into the weights first (minillm.peft.merge), or save them alone (save_adapter)"
+        )
 
 
 def build_described(described: dict[str, Any], where: str = "") -> nn.Module:

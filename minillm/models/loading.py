@@ -34,9 +34,11 @@ def load(
     checkpoint has: see `families.load.load_hf`. `dtype` is that of the file unless given.
     Raises ValueError for what cannot be loaded, with everything that is wrong with it.
     """
+    _check_place(device, dtype)
     folder = Path(name)
     if not folder.is_dir():
         folder = _download(str(name), revision)
+    _refuse_others(folder)
     described = read_json(folder / "config.json")
     if isinstance(described, dict) and "format" in described:
         if task is not None or num_labels is not None:
@@ -48,28 +50,51 @@ def load(
     return load_hf(folder, task=task, num_labels=num_labels, device=device, dtype=dtype)
 
 
+def _check_place(device: torch.device | str, dtype: torch.dtype | None) -> None:
+    wrong = []
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        wrong.append(f"dtype {dtype!r}: expected a floating-point torch.dtype, such as torch.bfloat16")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        wrong.append(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); cpu always can")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _refuse_others(folder: Path) -> None:
+    """Say where to go from a folder that holds no model but an adapter, or a run."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter: load the model it was trained on, then peft.load_adapter(model, folder)"
+        )
+    if (folder / "checkpoints").is_dir():
+        inside = [name for name in ("model", "adapter") if (folder / name).is_dir()]
+        raise ValueError(f"{folder} is a run: give the model in it ({', '.join(inside) or 'it has none yet'})")
+
+
 def _download(name: str, revision: str | None) -> Path:
     """The folder in the Hub's cache, with the weights as safetensors if there are any."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if Path(name).exists():
+        raise ValueError(f"{name} is a file: give the folder that holds it and its config.json")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise ValueError(f"{name} is no folder (working folder: {os.getcwd()}), and no name on the Hub: org/name")
     try:
-        from huggingface_hub import list_repo_files, snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(
             f'{name} is no folder here. To download it from the Hub: pip install "minillm[hub]". Or get config.json, '
             f"the safetensors and the tokenizer's files from https://huggingface.co/{name} and give their folder."
         ) from None
-    try:
-        names = list_repo_files(name, revision=revision)
-        weights = _WEIGHTS if any(n.endswith(".safetensors") for n in names) else _PICKLED
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*weights, *_OTHERS]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        try:  # no network: what was downloaded before will do
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except (LocalEntryNotFoundError, OSError):
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"{name} is no folder here and could not be downloaded: {reason}. Check the name and the network (and "
-                f"for gated models `hf auth login`), or get its files elsewhere and give their folder."
-            ) from None
+    try:  # without network, snapshot_download finds what was downloaded before
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_WEIGHTS, *_OTHERS]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_PICKLED, *_OTHERS]))
+        return folder
+    except Exception as error:  # the Hub's client has changed its HTTP library, and so its errors, more than once
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{name} is no folder here (working folder: {os.getcwd()}) and could not be downloaded: {reason}. Check "
+            "the name and the network (and for gated models `hf auth login`), or get its files elsewhere and give "
+            "their folder."
+        ) from error

@@ -81,7 +81,8 @@ class Stack(nn.Module):
         """The final norm's output (B, T, D)."""
         if (tokens is None) == (embeds is None):
             raise ValueError("give either tokens or embeds")
-        x = self.embed_tokens(tokens) if embeds is None else embeds
+        _check_bool(mask=mask, memory_mask=memory_mask)
+        x = self._look_up(tokens) if embeds is None else embeds
         positions = self._positions(x, mask, positions, cache)
         x = self._embed(x, positions, token_types)
         shared = self._shared(x, mask, positions, cache)
@@ -94,6 +95,16 @@ class Stack(nn.Module):
             else:
                 x = layer(x, cache=cache[i] if cache else None, **arguments)
         return self.norm(x)
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
+        try:
+            return self.embed_tokens(tokens)
+        except IndexError:  # on a GPU it is an assertion of the device, which leaves nothing to add to
+            low, high = tokens.min().item(), tokens.max().item()
+            raise ValueError(
+                f"token ids from {low} to {high}, but the vocabulary is 0..{self.config.vocab_size - 1}: use the "
+                "model's own tokenizer, and -100 in labels only"
+            ) from None
 
     def _embed(self, x: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
         if self.config.scale_embeddings:  # up to the size of the sines: Vaswani et al. 2017, section 3.4
@@ -146,6 +157,15 @@ class Stack(nn.Module):
         if mask is not None and mask.dim() == 2:
             return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         return torch.arange(offset, offset + length, device=x.device)
+
+
+def _check_bool(**masks: Tensor | None) -> None:
+    """Refuse masks of numbers: torch's attention would add those of a float mask to the scores, without a word."""
+    for name, mask in masks.items():
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(
+                f"{name} is {mask.dtype}: masks are torch.bool here, True at real tokens; one of 1 and 0 needs .bool()"
+            )
 
 
 def _visible(mask: Tensor | None, queries: int, keys: int, window: int, device: torch.device) -> Tensor | None:

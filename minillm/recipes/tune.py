@@ -87,6 +87,11 @@ def tune(config: TuneConfig, resume: bool = False) -> Path:
         run = find_run(config, "tune", resume)
         folder = from_main(lambda: _whole_base(Path(config.base), run, resume))
         base = load_base(folder, pick_device(config.train.device))
+        if not isinstance(base.model, Decoder):
+            raise ValueError(
+                f"{folder} is an encoder-decoder, which learns from pairs of texts: tune takes decoders; "
+                "train this one in Python, with minillm.training.Trainer and seq2seq_loss"
+            )
         _check_length(config, base.model)
         if not resume:
             from_main(lambda: write_data(run, *read_corpus(config.data), base.tokenizer))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from minillm.files import atomic_write
 from minillm.tokenizers.base import utf8
-from minillm.tokenizers.byte_pieces import PieceRule
+from minillm.tokenizers.byte_pieces import BYTE_FALLBACK, PieceRule
 from minillm.tokenizers.formats import format_of, plain_format
 from minillm.tokenizers.hub import HubTokenizer, Specials, check_gaps, language_ids, require
 from minillm.tokenizers.hub_folder import HubFolder
@@ -100,7 +100,7 @@ class JsonTokenizer(HubTokenizer):
 
 def read_tokenizer_json(folder: HubFolder, path: Path, description: dict[str, Any]) -> JsonTokenizer:
     """The tokenizer of `description`, the content of `path`, with what the folder's other files add to it."""
-    added = _all_added(path, description.get("added_tokens", []), folder.added_tokens())
+    added = _without_bytes(description, _all_added(path, description.get("added_tokens", []), folder.added_tokens()))
     # how long inputs are is not the tokenizer's say
     description = {**description, "added_tokens": added, "truncation": None, "padding": None}
     try:
@@ -112,6 +112,14 @@ def read_tokenizer_json(folder: HubFolder, path: Path, description: dict[str, An
         raise ValueError(f"{path}: {error}") from None
     tokenizer.chat_templates = folder.chat_templates()
     return tokenizer
+
+
+def _without_bytes(description: dict[str, Any], added: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The added tokens but for the vocabulary's "<0x0A>", which trained tokenizers may list: they are text."""
+    model = description.get("model")
+    if not (isinstance(model, dict) and model.get("byte_fallback") and isinstance(model.get("vocab"), dict)):
+        return added
+    return [t for t in added if not (BYTE_FALLBACK.fullmatch(t["content"]) and t["content"] in model["vocab"])]
 
 
 def _specials(folder: HubFolder, description: dict[str, Any], ids: dict[str, int]) -> Specials:

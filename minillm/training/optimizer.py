@@ -1,11 +1,14 @@
 """AdamW over what is trainable."""
 
+import warnings
+
 import torch
 from torch import nn
 
 from minillm.layers import LearnedPositions, RelativePositions
 from minillm.training.config import TrainConfig
 
+HALF = (torch.bfloat16, torch.float16)
 TABLES = (nn.Embedding, LearnedPositions, RelativePositions)  # a row of theirs is used only where its index occurs
 
 
@@ -24,6 +27,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         raise ValueError(
             "nothing to train: no parameter of the model requires a gradient; unfreeze some with requires_grad_(True), "
             "or add an adapter, before the trainer is made"
+        )
+    if half := sum(p.numel() for p in trainable if p.dtype in HALF):
+        warnings.warn(
+            f"{half:,} of the values to be trained are in half precision, which rounds away steps that are small "
+            "beside a value: load the model with dtype=torch.float32, and compute with TrainConfig(precision="
+            "'bfloat16') where float32 is slow",
+            stacklevel=2,
         )
     embeddings = {id(p) for m in model.modules() if isinstance(m, TABLES) for p in m.parameters(recurse=False)}
     matrices = [p for p in trainable if p.dim() >= 2 and id(p) not in embeddings]

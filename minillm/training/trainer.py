@@ -48,6 +48,7 @@ class Trainer:
         callbacks: Iterable[Callback] = (),
         identity: Mapping[str, Any] | None = None,
     ):
+        _check_loader(loader)
         self.config, self.run_dir, self.loader = config, Path(run_dir), loader
         self.callbacks, self.identity = tuple(callbacks), json.loads(json.dumps(identity or {}))  # as it will be saved
         self.device = pick_device(config.device)
@@ -206,6 +207,16 @@ class Trainer:
     def _call(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)
+
+
+def _check_loader(loader: object) -> None:
+    needed = ("__next__", "state_dict", "load_state_dict")
+    if missing := [name for name in needed if not callable(getattr(loader, name, None))]:
+        raise ValueError(
+            f"the loader, of type {type(loader).__name__}, has no {', no '.join(missing)}: a loader is an endless "
+            "iterator over batches, dicts of tensors, whose state_dict() says where it stands and whose "
+            "load_state_dict(state) goes there, so that a stopped run can go on; minillm.data has some"
+        )
 
 
 def _check_all_reached(model: nn.Module) -> None:

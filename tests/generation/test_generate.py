@@ -8,7 +8,7 @@ import torch
 
 from minillm.generation import generate, generate_tokens, greedy, sampler, static_cache
 from minillm.layers import KVCache
-from minillm.models import ModelConfig, build
+from minillm.models import Decoder, HeadConfig, ModelConfig, build, build_with_head
 
 V, T, NEW = 61, 7, 12
 
@@ -258,6 +258,15 @@ def test_the_longest_prompt_that_the_model_allows(model, tokens):
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (5,)])
 def test_empty_or_flat_prompt(model, shape):
     refused(rf"shape {re.escape(str(shape))}: need \(batch, length\)", model, torch.ones(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("task", ["masked_lm", "classification", None])
+def test_an_encoder_does_not_generate(task):
+    config = ModelConfig(kind="encoder", vocab_size=V, hidden_size=32, num_layers=1, num_heads=4)
+    encoder = build_with_head(config, HeadConfig(task)) if task else build(config)
+    refused(rf"{type(encoder).__name__} cannot generate: that takes a decoder", encoder, torch.ones(1, 3).long())
+    body = Decoder(ModelConfig(vocab_size=V, hidden_size=32, num_layers=1, num_heads=4), lm_head=False)
+    refused(r"Decoder cannot generate: .*\(lm_head\)", body, torch.ones(1, 3).long())
 
 
 def test_everything_wrong_in_one_message(model):

@@ -244,6 +244,20 @@ def test_a_filled_memory_stands_for_source_and_mask():
     torch.testing.assert_close(layer.weights(x, cache=memory), layer.weights(x, source=source, mask=mask), **EXACT)
 
 
+@pytest.mark.parametrize("keys", [4, 6])
+def test_masks_and_biases_of_another_length_are_refused(keys):
+    layer, x, cache = Attention(8, 2), torch.randn(1, 3, 8), KVCache()
+    cache.update(torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 4))
+    mask, bias = torch.ones(1, 1, 3, keys, dtype=torch.bool), torch.zeros(1, 1, 3, keys)
+    for cached in (cache, MemoryCache()):
+        source = None if cached is cache else torch.randn(1, 5, 8)
+        with pytest.raises(ValueError, match=f"mask speaks of {keys} keys, but there are 5, cached ones included"):
+            layer(x, source=source, mask=mask, cache=cached)
+        with pytest.raises(ValueError, match=f"bias speaks of {keys} keys, but there are 5"):
+            layer(x, source=source, bias=bias, cache=cached)
+    assert cache.offset == 2  # nothing was kept
+
+
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="hidden_size=10 must be a multiple of num_heads=3; or give head_dim"):
         Attention(10, 3)

@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -177,3 +178,26 @@ def test_attention_dropout_follows_dropout_unless_given():
     assert encoder(dropout=0.2).layers[0].self_attn.dropout == 0.2
     model = encoder(dropout=0.2, attention_dropout=0.0)
     assert model.layers[0].self_attn.dropout == 0.0 and model.layers[0].dropout.p == model.dropout.p == 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "encoder_decoder"])
+def test_a_mask_of_numbers_is_refused(kind, dtype, monkeypatch):
+    """The Hub's tokenizers give masks of 1 and 0; added to the scores, as torch would do, they hide nothing."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # in tests it would refuse them before
+    model, tokens = encoder(kind=kind), torch.randint(0, V, (2, 4))
+    ones, rows = torch.ones(2, 4, dtype=dtype), 2 if kind == "encoder_decoder" else 1
+    masks = {"source_mask": ones} if kind == "encoder_decoder" else {"mask": ones}
+    with pytest.raises(ValueError, match=r"mask is torch\.\w+: masks are torch\.bool here.*\.bool\(\)"):
+        model(*[tokens] * rows, **masks)
+    if kind == "encoder_decoder":
+        with pytest.raises(ValueError, match="memory_mask is"):
+            model.decoder(tokens, memory=torch.zeros(2, 4, D).double(), memory_mask=ones)
+
+
+@pytest.mark.parametrize("token", [-100, V])
+def test_ids_outside_the_vocabulary(token):
+    with pytest.raises(
+        ValueError, match=rf"token ids from .*, but the vocabulary is 0\.\.{V - 1}: use the model's own"
+    ):
+        encoder()(torch.tensor([[3, token]]))

@@ -307,6 +307,22 @@ ONLY = {  # what one family can be wrong about
         lambda box: box.set(rope_scaling={"rope_type": "linear", "factor": -1.0}),
         "factor=-1.0 must be at least 1",
     ),
+    ("Llama", "rope without its factor"): (
+        lambda box: box.set(rope_scaling={"type": "linear"}),
+        "rope type 'linear' needs factor",
+    ),
+    ("Llama", "rope without its numbers"): (
+        lambda box: box.set(rope_scaling={"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}),
+        "rope type 'llama3' needs low_freq_factor",
+    ),
+    ("Llama", "quantised"): (
+        lambda box: box.set(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantization_config: the weights are quantised",
+    ),
+    ("Llama", "a list of architectures in the list"): (
+        lambda box: box.set(architectures=[["LlamaForCausalLM"]]),
+        "architecture .*LlamaForCausalLM.* is not supported",
+    ),
     ("Llama", "part of a head turns"): (lambda box: box.set(partial_rotary_factor=0.5), "only 1.0 is supported"),
     ("Llama", "groups do not divide"): (lambda box: box.set(num_key_value_heads=3), "multiple of num_kv_heads=3"),
     ("Llama", "odd heads"): (lambda box: box.set(head_dim=3), "head_dim=3 must be even"),
@@ -348,6 +364,16 @@ ONLY = {  # what one family can be wrong about
         tensors(lambda t, name: t.update({"encoder.embed_tokens.weight": t[name] + 1})),
         "different:  encoder.embed_tokens.weight should repeat shared.weight",
     ),
+    ("RoBERTa", "a head that is none"): (
+        lambda box: box.set(id2label=3, num_labels="two", problem_type=[1], classifier_dropout="much"),
+        "problem_type=.*a name\n.*id2label=3: .*an object\n.*num_labels='two': .*\n.*classifier_dropout='much'",
+    ),
+    ("RoBERTa", "ReLU"): (lambda box: box.set(hidden_act="relu"), "hidden_act='relu': only 'gelu' is supported"),
+    ("T5", "no width"): (
+        lambda box: box.set(d_model=0, scale_decoder_outputs=True),
+        "hidden_size=0: must be at least 1",
+    ),
+    ("BART", "sines"): (lambda box: box.set(static_position_embeddings=True), "static_position_embeddings=True: only"),
     ("T5", "unknown MLP"): (lambda box: box.set(feed_forward_proj="twice-gelu"), "feed_forward_proj='twice-gelu'"),
     ("T5", "start outside"): (lambda box: box.set(decoder_start_token_id=99), "decoder_start_id=99 is outside"),
     ("BART", "a bias on logits"): (

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from minillm.layers import KVCache
 from minillm.models import HeadConfig, ModelConfig, attention_maps, build, build_with_head, count_parameters
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "max_positions": 32}
@@ -82,6 +83,12 @@ def test_maps_that_do_not_exist_are_refused(translator, tiny_decoder, source, ta
         attention_maps(tiny_decoder, source, stack="encoder")
     with pytest.raises(ValueError, match="has no cross_attn in its encoder"):
         attention_maps(translator, source, target, kind="cross_attn", stack="encoder")
+
+
+def test_a_cache_is_refused(tiny_decoder, source):
+    """The weights are asked for beside the forward pass: both would put the same keys into it."""
+    with pytest.raises(ValueError, match="leave cache out, which would be filled twice"):
+        attention_maps(tiny_decoder, source, cache=[KVCache() for _ in tiny_decoder.layers])
 
 
 def test_parameters_of_an_encoder_decoder_by_part(translator):

@@ -23,6 +23,7 @@ from minillm.models.build import build_body
 from minillm.models.recurrent import RecurrentConfig, RecurrentLM
 from minillm.models.recurrent_seq2seq import RecurrentEncoderDecoder
 from minillm.ops import RopeScaling
+from minillm.peft import LoraConfig, merge, tune
 
 SMALL = {"vocab_size": 61, "hidden_size": 24, "num_layers": 2, "num_heads": 4}
 
@@ -189,6 +190,19 @@ def test_what_the_hub_said_survives_our_own_format(tmp_path, tokens):
     save_hf(again, tmp_path / "back")
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back["eos_token_id"] == 7 and back["somebody"] == "else's" and torch.equal(again(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("head", [None, HeadConfig("classification", pool="last")])
+def test_a_model_that_its_config_does_not_describe_is_not_saved(head, tmp_path):
+    """Its folder could never be loaded; merged it is a plain model again."""
+    model = build(ModelConfig(**SMALL)) if head is None else build_with_head(ModelConfig(**SMALL), head)
+    tune(model, LoraConfig(rank=2, targets=("q_proj",)))
+    with pytest.raises(ValueError, match=r"does not describe .*q_proj\.weight.*minillm\.peft\.merge"):
+        save_model(model, tmp_path / "model")
+    assert not [*tmp_path.iterdir()]
+    merge(model)
+    save_model(model, tmp_path / "model")
+    assert weights_fingerprint(load_model(tmp_path / "model")) == weights_fingerprint(model)
 
 
 def test_our_models_keep_the_head_they_have(folder):

@@ -11,6 +11,7 @@ from minillm.config import override
 from minillm.recipes.commands import COMMANDS
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMAND_LINES = [line for line in README.splitlines() if line.startswith("minillm ")]
 
 
@@ -42,8 +43,36 @@ def test_its_python_runs(tmp_path, monkeypatch, capsys):
     tiny = "model.hidden_size=16 model.num_layers=1 model.num_heads=2 data.length=32 data.batch_size=4 train.steps=2"
     pretrain = ["pretrain", "data.train=text.txt", "run=runs/base", "tokenizer.kind=bytes", *tiny.split()]
     assert main(pretrain) == 0
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), scope := {})
+    exec(compile(PYTHON[0], "README.md", "exec"), scope := {})
     assert "values train" in capsys.readouterr().out
     assert (tmp_path / "my_adapter" / "adapter_model.safetensors").is_file()
     assert not [name for name, _ in scope["model"].named_parameters() if "lora" in name]
+
+
+@pytest.mark.slow
+def test_its_python_loads_real_models(tmp_path, monkeypatch, capsys):
+    """On tiny folders of the two kinds it names, with transformers' tokenizer and weights."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    monkeypatch.chdir(tmp_path)
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "Good", "morning"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    t5 = transformers.T5Config(vocab_size=5, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
+    transformers.T5ForConditionalGeneration(t5).save_pretrained("models/t5-small")
+    wrapped.save_pretrained("models/t5-small")
+    sizes = {"vocab_size": 9, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = transformers.CamembertConfig(**sizes, intermediate_size=16)
+    transformers.CamembertForMaskedLM(config).save_pretrained("models/sloberta")
+    with pytest.warns(UserWarning, match="no head for task 'classification'"):
+        exec(compile(PYTHON[1], "README.md", "exec"), scope := {})
+    assert scope["classifier"].classifier.out_features == 3
+    back = transformers.T5ForConditionalGeneration.from_pretrained("models/mine")
+    assert back.config.d_model == 16 and capsys.readouterr().out
+
+
+def test_all_its_python_is_run_here():
+    assert len(PYTHON) == 2

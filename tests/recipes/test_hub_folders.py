@@ -84,6 +84,13 @@ def test_an_encoder_writes_no_text(hub, cli):
     assert code != 0 and "holds a MaskedLM, which writes no text" in err
 
 
+def test_an_encoder_decoder_is_not_tuned_here(hub, cli, tmp_path):
+    (tmp_path / "text.txt").write_text("the lazy dog\n\n" * 30)
+    code, _, err = cli("tune", f"base={hub / 't5'}", f"data.train={tmp_path / 'text.txt'}", f"run={tmp_path / 'run'}")
+    assert code != 0 and "is an encoder-decoder, which learns from pairs of texts: tune takes decoders" in err
+    assert not (tmp_path / "run" / "data").exists()
+
+
 def test_a_tokenizer_larger_than_the_model(hub, cli, tmp_path):
     config = transformers.LlamaConfig(**SIZES | {"vocab_size": 100}, **LLAMA)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "small")

@@ -354,18 +354,24 @@ def test_bos_and_eos_are_as_the_file_says(pairs, tmp_path):
     assert ours.with_specials([5], [6, 7]) == ([0, 5, 0, 6, 7], [0, 0, 1, 1, 1])
 
 
-def test_llama2_json(tmp_path):
-    """The file of the first Llamas: a normaliser puts the space before each text, and the decoder strips it."""
+@pytest.mark.parametrize("bytes_listed", [False, True])
+def test_llama2_json(tmp_path, bytes_listed):
+    """The file of the first Llamas: a normaliser puts the space before each text, and the decoder strips it.
+
+    Who trains such a tokenizer with the library gets the bytes into it as special tokens; they are bytes all the same.
+    """
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "f", "o", "x", "▁f", "ox", "▁fox"]
     merges = [("▁", "f"), ("o", "x"), ("▁f", "ox")]
     inner = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, byte_fallback=True, fuse_unk=True))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     inner.decoder = decoders.Sequence(steps)
-    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    inner.add_special_tokens(["<unk>", "<s>", "</s>", *(pieces[3:259] if bytes_listed else [])])
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     theirs.save_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
+    assert ours.special_ids == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert ours.decode(ours.encode("<0x41>")) == "<0x41>" and ours.encode("<0x41>")[1:] != [68]
     for text in ("fox", " fox  fox", "č🙂\nfox", ""):
         assert ours.encode(text) == ids_of(theirs, text)
         assert ours.decode(ours.encode(text)) == theirs.decode(ids_of(theirs, text)) == text

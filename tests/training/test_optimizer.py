@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -64,3 +66,21 @@ def test_is_adamw_as_torch_writes_it_out():
 def test_nothing_to_train():
     with pytest.raises(ValueError, match="nothing to train: no parameter of the model requires a gradient; unfreeze"):
         make_optimizer(nn.Linear(2, 2).requires_grad_(False), TrainConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_spoken_of(dtype):
+    """Adam's first step is lr = 1e-3 for every value; near 1 the next number of bfloat16 is 2^-7 away."""
+    model = nn.Linear(3, 2).to(dtype)
+    with pytest.warns(UserWarning, match=r"^8 of the values to be trained are in half precision.*dtype=torch\.float32"):
+        make_optimizer(model, TrainConfig())
+    model.bias.requires_grad_(False)
+    with pytest.warns(UserWarning, match="^6 of the values"):
+        make_optimizer(model, TrainConfig())
+
+
+def test_a_frozen_base_in_half_precision_is_nothing_to_speak_of():
+    model = nn.Sequential(nn.Linear(3, 2).bfloat16().requires_grad_(False), nn.Linear(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_optimizer(model, TrainConfig())

@@ -236,6 +236,18 @@ def test_loader_that_ends(make_trainer, toy_loader):
         make_trainer(loader=Short(), accumulate=2).fit()
 
 
+@pytest.mark.parametrize(
+    ("loader", "said"),
+    [
+        ([{}], "of type list, has no __next__, no state_dict, no load_state_dict: a loader is an endless"),
+        (iter([{}]), "of type list_iterator, has no state_dict, no load_state_dict: a loader is an endless"),
+    ],
+)
+def test_loader_that_cannot_be_resumed(make_trainer, loader, said):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(loader=loader)
+
+
 def test_model_without_gradient_checkpointing(make_trainer):
     with pytest.raises(ValueError, match="gradient_checkpointing=true, but Toy has no attribute of that name"):
         make_trainer(gradient_checkpointing=True)

@@ -13,6 +13,13 @@ from minillm.models.families.family import ACTIVATION_NAMES, BODY, LM, REQUIRED,
 from minillm.models.heads import HeadConfig
 
 _PROBLEMS = {"multi_label_classification": "multi_label", "regression": "regression"}
+_HEAD_FIELDS = {
+    "problem_type": (str, "a name"),
+    "id2label": (dict, "an object"),
+    "num_labels": (int, "a whole number"),
+    "classifier_dropout": (int | float, "a number"),
+    "seq_classif_dropout": (int | float, "a number"),
+}
 
 
 def find_family(theirs: dict[str, Any], where: Path | str) -> Family:
@@ -42,6 +49,13 @@ def read_config(family: Family, theirs: dict[str, Any], where: Path | str) -> Mo
     for name, accepted in family.demanded.items():
         if theirs.get(name, accepted[0]) not in accepted:
             wrong.append(f"{name}={theirs[name]!r}: only {accepted[0]!r} is supported")
+    wrong += [
+        f"{name}={theirs[name]!r}: expected {what}"
+        for name, (kind, what) in _HEAD_FIELDS.items()
+        if theirs.get(name) is not None and not isinstance(theirs[name], kind)
+    ]
+    if theirs.get("quantization_config"):
+        wrong.append("quantization_config: the weights are quantised; get the checkpoint that they were made from")
     if not wrong:
         try:
             values |= family.read(theirs)
@@ -97,10 +111,10 @@ def choose_architecture(
 ) -> Architecture:
     """What the checkpoint says it is, or the family's architecture for `task`."""
     if task is not None:
-        return family.architecture({"multi_label": "classification", "regression": "classification"}.get(task, task))
+        return family.architecture(task)
     names = theirs.get("architectures") or [family.architectures[0].name]
     known = {architecture.name: architecture for architecture in reversed(family.architectures)}
-    if not isinstance(names, list) or names[0] not in known:
+    if not isinstance(names, list) or str(names[0]) not in known:
         raise ValueError(
             f"{where}: architecture {names!r} is not supported; the nearest is {nearest(str(names), known)}. "
             f"Supported are {', '.join(known)}; or give task= to choose what to build on the body."
@@ -119,9 +133,9 @@ def head_config(architecture: Architecture, theirs: dict[str, Any], task: str | 
     if architecture.task != "classification":
         task = architecture.task
     labels = num_labels or theirs.get("num_labels") or len(theirs.get("id2label") or {}) or head.num_labels
-    dropout = next(
-        (theirs[n] for n in ("classifier_dropout", "seq_classif_dropout") if theirs.get(n) is not None), None
-    )
+    drops = architecture.task in ("classification", "tagging", "choice")
+    names = ("classifier_dropout", "dropout" if task == "tagging" else "seq_classif_dropout", "hidden_dropout_prob")
+    dropout = next((theirs[name] for name in names if drops and theirs.get(name) is not None), None)
     return HeadConfig(
         task=task,
         num_labels=1 if task == "choice" else 2 if task == "span" else labels,

@@ -92,7 +92,13 @@ def _read_rope(theirs: dict[str, Any]) -> dict[str, Any]:
         "high_freq_factor": "high_freq_factor",
         "original_max_position_embeddings": "original_max_positions",
     }
-    given = {ours: scaling[name] for name, ours in names.items() if name in scaling}
+    if kind == "linear":
+        names = {"factor": "factor"}
+    elif "max_position_embeddings" in theirs:
+        scaling = {"original_max_position_embeddings": theirs["max_position_embeddings"]} | scaling
+    if missing := [name for name in names if name not in scaling]:
+        raise ValueError(f"rope type {kind!r} needs {', '.join(missing)}")
+    given = {ours: scaling[name] for name, ours in names.items()}
     return {"rope_theta": theta, "rope_scaling": {"kind": kind, **given}}
 
 

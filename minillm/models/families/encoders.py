@@ -180,6 +180,7 @@ ROBERTA = replace(
     fields={ours: theirs for ours, theirs in BERT.fields.items() if ours != "max_positions"},
     read=_read_positions,
     write=lambda config: {"max_position_embeddings": config.max_positions + 2},
+    demanded=BERT.demanded | {"hidden_act": ("gelu",)},  # the masked-LM head has GELU whatever the blocks have
     token_ids={"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
     skipped_rows={"embeddings.position_embeddings": 2},
     architectures=_like_roberta("Roberta"),

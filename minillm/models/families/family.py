@@ -41,6 +41,9 @@ class Architecture:
 class Family:
     """One model family of the Hub.
 
+    Where transformers has a dropout that ours has not (inside T5's and BART's MLP, before some heads), it is left out:
+    that changes training, not what a model computes.
+
     `fixed`: fields of ModelConfig with the value that all members have. `fields`: ours -> (theirs, the value that
     transformers takes if theirs is absent). `demanded`: fields of theirs with the values we can follow; any other
     value would change the computation. `read` and `write` translate what a table cannot: they take all of one side's
@@ -68,7 +71,11 @@ class Family:
     applies: Callable[[dict[str, Any]], bool] = lambda theirs: True  # where one model_type stands for two families
 
     def architecture(self, task: str) -> Architecture:
-        """The first architecture of that task; ValueError with the tasks there are."""
+        """The first architecture of that task; ValueError with the tasks there are.
+
+        On the Hub several labels and numbers are classification with another `problem_type`.
+        """
+        task = "classification" if task in ("multi_label", "regression") else task
         for architecture in self.architectures:
             if architecture.task == task:
                 return architecture

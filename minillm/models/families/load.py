@@ -44,6 +44,11 @@ def load_hf(
     _rename_old_keys(source)
     config = read_config(family, theirs, where)
     architecture = choose_architecture(family, theirs, task, source.shapes, where)
+    if num_labels is not None and (num_labels < 1 or architecture.task not in ("classification", "tagging")):
+        raise ValueError(
+            f"num_labels={num_labels} for task {architecture.task!r}: labels, one at least, are what classification, "
+            "multi_label, regression and tagging have; give task= one of these, or leave num_labels out"
+        )
     head = head_config(architecture, theirs, task, num_labels)
     prefix = _prefix(family, architecture, source)
     config = _tie_by_content(family, architecture, config, source, prefix)
@@ -52,11 +57,12 @@ def load_hf(
     model = _build_empty(config, architecture, head, where)
     fresh = _fill(model, family, architecture, prefix, source, device, dtype, chosen=task is not None)
     model.origin = {"family": family.name, "config": theirs}
-    for module in fresh:
+    if fresh:
+        names = ", ".join(fresh)
         warnings.warn(
-            f"{folder} has no head for task {architecture.task!r}: {module} starts with random weights and must be "
-            "trained",
-            stacklevel=2,
+            f"{folder} has no head for task {architecture.task!r}: {names} start with random weights and must be "
+            f"trained (beside a LoRA: LoraConfig(trainable={tuple(fresh)}))",
+            stacklevel=3,
         )
     return model.eval()
 

@@ -12,7 +12,7 @@ from minillm.models.config import ModelConfig
 from minillm.models.families import FAMILIES
 from minillm.models.families.configs import misfits, read_config, write_config, write_head
 from minillm.models.families.family import BODY, LM, TOKEN_IDS, Architecture, Family
-from minillm.models.families.keys import entries
+from minillm.models.families.keys import Names, entries
 from minillm.models.heads import Head
 from minillm.tokenizers import Tokenizer
 
@@ -35,8 +35,11 @@ def save_hf(
     Raises ValueError when no family can hold the model, with the reason of each.
     """
     config = model.config
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"the Hub has no family for a {type(model).__name__}: keep it with minillm.models.save_model")
     found = _family(config, family, getattr(model, "origin", None))
     architecture = _architecture(found, model)
+    _refuse_foreign(found, architecture, model)
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors = {e.key: e.join(values).cpu() for e in entries(found, architecture, model, architecture.prefix)}
     dtype = next(iter(values.values())).dtype
@@ -67,9 +70,18 @@ def _family(config: ModelConfig, name: str | None, origin: dict[str, Any] | None
 
 def _architecture(family: Family, model: nn.Module) -> Architecture:
     if isinstance(model, Head):
-        task = model.head_config.task
-        return family.architecture({"multi_label": "classification", "regression": "classification"}.get(task, task))
+        return family.architecture(model.head_config.task)
     return family.architecture(LM if getattr(model, "lm_head", None) is not None else BODY)
+
+
+def _refuse_foreign(family: Family, architecture: Architecture, model: nn.Module) -> None:
+    names = Names(family, architecture, architecture.prefix, headed=isinstance(model, Head))
+    if foreign := [name for name, _ in model.named_parameters() if not names.known(name)]:
+        raise ValueError(
+            f"{architecture.name} has no place for {len(foreign)} of the model's parameters "
+            f"({', '.join(foreign[:4])}, ...). Fold adapters into the weights first (minillm.peft.merge), or save them "
+            "alone (save_adapter)"
+        )
 
 
 def _describe(model: nn.Module, family: Family, tokenizer: Tokenizer | None) -> dict[str, Any]:

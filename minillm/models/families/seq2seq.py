@@ -32,7 +32,7 @@ def _read_t5(theirs: dict[str, Any]) -> dict[str, Any]:
         "mlp": "gated" if gate else "plain",
         "activation": ACTIVATION_NAMES[activation],
         "tie_embeddings": True,
-        "logit_scale": theirs["d_model"] ** -0.5 if scaled else 1.0,
+        "logit_scale": theirs["d_model"] ** -0.5 if scaled and theirs["d_model"] else 1.0,
         "decoder_start_id": start if start is not None else theirs.get("pad_token_id") or 0,
     }
 
@@ -140,6 +140,13 @@ def _read_bart(theirs: dict[str, Any]) -> dict[str, Any]:
     return {"decoder_start_id": start if start is not None else theirs.get("eos_token_id", 2)}
 
 
+def _read_mbart(theirs: dict[str, Any]) -> dict[str, Any]:
+    """The first token is the language's, so old files name none; transformers then generates from bos."""
+    if theirs.get("decoder_start_token_id") is None:
+        theirs = theirs | {"decoder_start_token_id": theirs.get("bos_token_id", 0)}
+    return _read_bart(theirs)
+
+
 def _write_bart(config: ModelConfig) -> dict[str, Any]:
     return {
         "decoder_ffn_dim": config.intermediate_size,
@@ -219,7 +226,7 @@ BART = Family(
         "attention_dropout": ("attention_dropout", 0.0),
         "init_std": ("init_std", 0.02),
     },
-    demanded={"normalize_before": (False, None), "add_final_layer_norm": (False, None)},
+    demanded=dict.fromkeys(("normalize_before", "add_final_layer_norm", "static_position_embeddings"), (False, None)),
     read=_read_bart,
     write=_write_bart,
     modules=_bart_modules(final_norm=False),
@@ -239,6 +246,8 @@ MBART = replace(
     model_types=("mbart",),
     fixed=BART.fixed | {"norm_first": True},
     demanded={},
+    read=_read_mbart,
     modules=_bart_modules(final_norm=True),
-    architectures=_like_bart("MBart"),
+    # not its heads: they read the state at </s>, which stands before the language, after the language as first input
+    architectures=_like_bart("MBart")[:2],
 )

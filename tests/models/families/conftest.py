@@ -162,7 +162,7 @@ CASES = [
         SEQ2SEQ_CLASSES,
     ),
     Case("BART", "BART", "Bart", BART, SEQ2SEQ_CLASSES),
-    Case("mBART", "mBART", "MBart", BART | dict(scale_embedding=True, decoder_start_token_id=4), SEQ2SEQ_CLASSES),
+    Case("mBART", "mBART", "MBart", BART | dict(scale_embedding=True, decoder_start_token_id=4), SEQ2SEQ_CLASSES[:2]),
 ]
 
 LABELLED = dict(num_labels=3)
@@ -366,9 +366,6 @@ def _ask_theirs(model: nn.Module, member: Member, batch: dict[str, Tensor], **la
     if "source" in batch:
         names |= {"source": "input_ids", "tokens": "decoder_input_ids"}  # "mask" is then the source's
     given = {names[name]: value for name, value in batch.items()}
-    if member.case.family == "mBART" and "source" not in batch:  # moves the last token to the front, we the start id
-        start = torch.full((len(batch["tokens"]), 1), model.config.decoder_start_token_id)
-        given["decoder_input_ids"] = torch.cat([start, batch["tokens"][:, :-1]], dim=1)
     out = model(**given, **labels)
     if member.task == "embedding":
         return out.pooler_output, None

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from minillm.models import ModelConfig, build, build_with_head
+from minillm.models import ModelConfig, RecurrentConfig, RecurrentLM, build, build_with_head
 from minillm.models.build import build_body
 from minillm.models.families.load import load_hf
 from minillm.models.families.save import save_hf
+from minillm.peft import LoraConfig, merge, tune
 
 
 def read_back(folder, class_name=None) -> nn.Module:
@@ -149,6 +150,20 @@ def test_a_model_that_no_family_computes(tmp_path):
     assert not [*tmp_path.iterdir()]
     with pytest.raises(ValueError, match="family 'Gemma' is not one of Llama, GPT-2"):
         save_hf(model, tmp_path / "ours", family="Gemma")
+
+
+def test_a_recurrent_model(tmp_path):
+    with pytest.raises(ValueError, match=r"no family for a RecurrentLM: keep it with minillm\.models\.save_model"):
+        save_hf(RecurrentLM(RecurrentConfig(vocab_size=61, hidden_size=8)), tmp_path / "ours")
+
+
+def test_a_model_with_an_adapter_in_it(tmp_path):
+    model = build(ModelConfig(vocab_size=61, hidden_size=24, num_layers=1, num_heads=4))
+    tune(model, LoraConfig(rank=2, targets=("q_proj",)))
+    with pytest.raises(ValueError, match=r"no place for 1 .*self_attn\.q_proj\.base\.weight.*minillm\.peft\.merge"):
+        save_hf(model, tmp_path / "ours")
+    assert not [*tmp_path.iterdir()]
+    save_hf(merge(model) or model, tmp_path / "ours")
 
 
 def test_t5_says_in_both_ways_whether_logits_are_scaled(tmp_path, twins, member_named):

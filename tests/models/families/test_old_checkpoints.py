@@ -1,10 +1,12 @@
 """Files as older versions of transformers and the first conversions wrote them: they load, and compute the same."""
 
+import ast
 import json
 import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from minillm.models.families.load import load_hf
@@ -115,6 +117,38 @@ def test_rope_of_its_own_field(name, kind, aged, same):
 
 
 @pytest.mark.parametrize(
+    "name, fields, dropout",
+    [
+        ("BERT-BertForSequenceClassification", {"classifier_dropout": 0.3}, 0.3),
+        ("BERT-BertForSequenceClassification", {"hidden_dropout_prob": 0.4}, 0.4),
+        ("BERT-BertForTokenClassification", {"hidden_dropout_prob": 0.4}, 0.4),
+        ("DistilBERT-DistilBertForSequenceClassification", {"seq_classif_dropout": 0.3, "dropout": 0.4}, 0.3),
+        ("DistilBERT-DistilBertForTokenClassification", {"seq_classif_dropout": 0.3, "dropout": 0.4}, 0.4),
+    ],
+)
+def test_the_head_drops_out_as_theirs(name, fields, dropout, aged):
+    _, _, folder = aged(name, config=lambda described: described.update(fields))
+    theirs = getattr(transformers, name.partition("-")[2]).from_pretrained(folder)
+    assert load_hf(folder).dropout.p == theirs.dropout.p == dropout
+
+
+def test_mbart_starts_like_theirs_when_no_token_is_named(aged):
+    _, _, folder = aged("mBART-MBartForConditionalGeneration", config=lambda d: d.update(decoder_start_token_id=None))
+    theirs = transformers.MBartForConditionalGeneration.from_pretrained(folder)
+    first = theirs.generate(torch.tensor([[5, 6, 7, 2]]), max_new_tokens=1, num_beams=1)[0, 0]
+    assert load_hf(folder).config.decoder_start_id == first == 0
+
+
+def test_rope_that_was_scaled_from_the_longest_text(aged, same):
+    """Without a length of its own, llama3's scaling counts turns within max_position_embeddings."""
+
+    def unsaid(described):
+        described["max_position_embeddings"] = described["rope_parameters"].pop("original_max_position_embeddings")
+
+    same(*aged("Llama 3-LlamaForCausalLM", config=unsaid))
+
+
+@pytest.mark.parametrize(
     "name, absent",
     [
         (
@@ -188,7 +222,7 @@ def test_bart_as_converted_from_fairseq(aged, same):
         "DistilBERT-DistilBertForMaskedLM",
         "T5-T5ForConditionalGeneration",
         "BART-BartForConditionalGeneration",
-        "mBART-MBartForSequenceClassification",
+        "mBART-MBartForConditionalGeneration",
     ],
 )
 def test_pickled_with_tied_weights_repeated(name, aged, same):
@@ -222,14 +256,23 @@ def test_a_repeated_weight_that_differs(aged):
 )
 def test_a_new_head_on_an_old_body(name, task, num_labels, module, aged, batch_of):
     _, _, folder = aged(name)
-    with pytest.warns(UserWarning, match="starts with random weights and must be trained") as caught:
+    with pytest.warns(UserWarning, match="start with random weights and must be trained") as caught:
         ours = load_hf(folder, task=task, num_labels=num_labels)
-    assert [str(w.message).split(": ")[1].split(" starts")[0] for w in caught] == module.split(", ")
+    assert [str(w.message).split(": ")[1].split(" start ")[0] for w in caught] == [module]
+    advised = ast.literal_eval(str(caught[0].message).split("trainable=")[1].rstrip(")") + ")")
+    assert {name.rpartition(".")[0] for name, _ in ours.named_parameters() if name.startswith(advised)} == {*advised}
     body = load_hf(folder, task="body").state_dict()
     assert all(torch.equal(ours.body.state_dict()[key], value) for key, value in body.items())
     assert ours.head_config.task == task
     if num_labels:
         assert ours(**batch_of(ours, task)).shape == ((3, 11, num_labels) if task == "tagging" else (3, num_labels))
+
+
+@pytest.mark.parametrize("task, num_labels", [(None, 3), ("span", 2), ("body", 2), ("embedding", 2), ("tagging", 0)])
+def test_labels_that_no_head_would_have(task, num_labels, aged):
+    _, _, folder = aged("BERT-BertForMaskedLM")
+    with pytest.raises(ValueError, match=f"num_labels={num_labels} for task .*leave num_labels out"):
+        load_hf(folder, task=task, num_labels=num_labels)
 
 
 def test_a_file_of_bert_pretraining(checkpoint, tmp_path, error_of):
@@ -277,4 +320,14 @@ def test_pretrained_without_a_pooler(tmp_path, error_of):
 def test_what_would_change_the_computation_is_refused(name, field, value, message, aged):
     _, _, folder = aged(name, config=lambda described: described.update({field: value}))
     with pytest.raises(ValueError, match=message):
+        load_hf(folder)
+
+
+def test_heads_of_mbart_are_refused(aged):
+    """They pool at the end token, which is not the last: numbers would be near and wrong."""
+    _, _, folder = aged(
+        "mBART-MBartForConditionalGeneration",
+        config=lambda described: described.update(architectures=["MBartForSequenceClassification"]),
+    )
+    with pytest.raises(ValueError, match=r"architecture .*MBartForSequenceClassification.* is not supported"):
         load_hf(folder)
