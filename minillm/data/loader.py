@@ -20,7 +20,14 @@ class Loader(ABC):
     """
 
     def __init__(
-        self, token_file: TokenFile, batch_size: int, length: int, seed: int, rank: int, world_size: int, shuffle: bool
+        self,
+        token_file: TokenFile | None,
+        batch_size: int,
+        length: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        shuffle: bool,
     ):
         wrong = []
         if length < 1:
