@@ -9,6 +9,13 @@ from torch.utils.checkpoint import checkpoint
 from minillm.ops import IGNORE, linear_cross_entropy
 from minillm.training.losses.base import Loss, check, model_inputs, widen
 
+WRONG_KINDS = {  # these would run, and teach nothing
+    ("causal_lm_loss", "encoder"): "sees the tokens it should predict",
+    ("masked_lm_loss", "decoder"): "cannot see what follows a hidden token",
+    ("seq2seq_loss", "decoder"): "reads no source",
+    ("seq2seq_loss", "encoder"): "reads no source",
+    ("causal_lm_loss", "encoder_decoder"): "needs a source",
+}
 ROWS = 256  # hidden states whose logits exist at once
 
 
@@ -47,6 +54,12 @@ def _token_loss(
     name: str, model: nn.Module, batch: Mapping[str, Tensor], keys: set[str], smoothing: float = 0.0
 ) -> Loss:
     check(name, model, batch, keys, {"hidden", "lm_head"})
+    kind = getattr(getattr(model, "config", None), "kind", None)  # models of other libraries have none
+    if (name, kind) in WRONG_KINDS:
+        raise ValueError(
+            f"{name}: {type(model).__name__} is of kind {kind!r}, which {WRONG_KINDS[name, kind]}; the losses are "
+            "causal_lm_loss for decoders, masked_lm_loss for encoders, seq2seq_loss for encoder-decoders"
+        )
     if not 0 <= smoothing < 1:
         raise ValueError(f"{name}: label_smoothing {smoothing} is not in [0, 1)")
     inputs, named = model_inputs(batch)
