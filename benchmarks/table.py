@@ -3,8 +3,8 @@
     python benchmarks/table.py            # write them into README.md
     python benchmarks/table.py --check    # exit with 1 if README.md says something else
 
-The results are those of `python benchmarks/run.py`, for the demo those of `python benchmarks/demo.py`; the reason for a
-missed goal is the `note` of that Goal.
+The results are those of `python benchmarks/run.py`, for the demo those of `python benchmarks/demo.py`, for the model
+families those of the parity tests (see models_table.py); the reason for a missed goal is the `note` of that Goal.
 """
 
 import json
@@ -13,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-NAMES = ("training_step", "head_loss", "lora_linear", "decode", "recurrent", "import_time")  # a module here, a file in results/
+from models_table import table as families
+
+# each a module here and a file in results/
+NAMES = ("training_step", "head_loss", "lora_linear", "decode", "recurrent", "import_time")
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 
@@ -64,7 +67,7 @@ def demo() -> str:
     return "\n\n".join([to_markdown(table(facts)), lines, *pictures])
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "speed": speed}
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "families": families, "speed": speed}
 
 
 def main() -> int:

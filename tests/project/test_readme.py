@@ -67,9 +67,13 @@ def test_its_python_loads_real_models(tmp_path, monkeypatch, capsys):
     sizes = {"vocab_size": 9, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1}
     config = transformers.CamembertConfig(**sizes, intermediate_size=16)
     transformers.CamembertForMaskedLM(config).save_pretrained("models/sloberta")
+    wrapped.save_pretrained("models/sloberta")
     with pytest.warns(UserWarning, match="no head for task 'classification'"):
         exec(compile(PYTHON[1], "README.md", "exec"), scope := {})
-    assert scope["classifier"].classifier.out_features == 3
+    assert (
+        scope["classifier"].classifier.out_features == 2
+        and (tmp_path / "runs" / "classifier" / "metrics.jsonl").is_file()
+    )
     back = transformers.T5ForConditionalGeneration.from_pretrained("models/mine")
     assert back.config.d_model == 16 and capsys.readouterr().out
 
