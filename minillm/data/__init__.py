@@ -1,26 +1,38 @@
 """Text in, batches of token ids out. Floor 2."""
 
-from minillm.data.contrastive import Sentences, sentence_groups
 from minillm.data.documents import Document, corpus_summary, split_documents
-from minillm.data.encoder_decoder import encoder_decoder_batch
-from minillm.data.examples import (
-    Example,
-    ExampleLoader,
-    Pair,
-    example_batches,
-    pair_examples,
-    tagged_examples,
-    text_examples,
-)
-from minillm.data.infilling import TextInfilling
-from minillm.data.masking import MaskedLanguageModeling, WordBoundaries
-from minillm.data.mixing import MixedLoader, sampling_probabilities
-from minillm.data.objective import Objective, ObjectiveLoader
 from minillm.data.packing import PackedLoader, sequential_batches
 from minillm.data.padding import PaddedLoader
 from minillm.data.reading import TEXT_EXTENSIONS, read_documents
-from minillm.data.spans import SpanCorruption, restore_spans, sentinel_ids, text_length
 from minillm.data.tokens import TokenFile, write_tokens
+from minillm.later import later
+
+__getattr__ = later(
+    __name__,
+    {
+        "Example": "examples",
+        "ExampleLoader": "examples",
+        "MaskedLanguageModeling": "masking",
+        "MixedLoader": "mixing",
+        "Objective": "objective",
+        "ObjectiveLoader": "objective",
+        "Pair": "examples",
+        "Sentences": "contrastive",
+        "SpanCorruption": "spans",
+        "TextInfilling": "infilling",
+        "WordBoundaries": "masking",
+        "encoder_decoder_batch": "encoder_decoder",
+        "example_batches": "examples",
+        "pair_examples": "examples",
+        "restore_spans": "spans",
+        "sampling_probabilities": "mixing",
+        "sentence_groups": "contrastive",
+        "sentinel_ids": "spans",
+        "tagged_examples": "examples",
+        "text_examples": "examples",
+        "text_length": "spans",
+    },
+)
 
 __all__ = [
     "TEXT_EXTENSIONS",

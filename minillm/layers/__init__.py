@@ -1,14 +1,24 @@
 """Floor 1: the layers of a transformer, each in its own short file."""
 
-from minillm.layers.additive_attention import AdditiveAttention
+from minillm.later import later
 from minillm.layers.attention import Attention, Rotation
 from minillm.layers.block import Block
 from minillm.layers.cache import KVCache, MemoryCache, StaticKVCache
-from minillm.layers.cells import CELLS, LSTMCell, RNNCell, State
 from minillm.layers.mlp import MLP, MLPS, GatedMLP
 from minillm.layers.norm import NORMS, LayerNorm, RMSNorm
 from minillm.layers.positions import LearnedPositions, RelativePositions, SinusoidalPositions
-from minillm.layers.recurrent import Recurrent
+
+__getattr__ = later(
+    __name__,
+    {
+        "AdditiveAttention": "additive_attention",
+        "CELLS": "cells",
+        "LSTMCell": "cells",
+        "RNNCell": "cells",
+        "Recurrent": "recurrent",
+        "State": "cells",
+    },
+)
 
 __all__ = [
     "CELLS",

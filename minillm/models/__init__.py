@@ -1,14 +1,11 @@
 """Floor 2: models, built from the layers."""
 
+from minillm.later import later
 from minillm.models.build import build
-from minillm.models.cards import CARDS, Card, find_card
 from minillm.models.config import ModelConfig
 from minillm.models.decoder import Decoder
 from minillm.models.encoder import Encoder
 from minillm.models.encoder_decoder import EncoderDecoder
-from minillm.models.families.load import load_hf
-from minillm.models.families.save import save_hf
-from minillm.models.gradient_flow import gradient_flow
 from minillm.models.heads import (
     HEADS,
     Classifier,
@@ -24,11 +21,26 @@ from minillm.models.heads import (
 )
 from minillm.models.inspect import attention_maps, count_parameters
 from minillm.models.io import load_model, save_model, weights_fingerprint
-from minillm.models.loading import load
-from minillm.models.memory import TrainingMemory, training_memory
-from minillm.models.recurrent import RecurrentConfig, RecurrentLM
-from minillm.models.recurrent_seq2seq import RecurrentEncoderDecoder
-from minillm.models.size import ModelSize, model_size
+
+__getattr__ = later(
+    __name__,
+    {
+        "CARDS": "cards",
+        "Card": "cards",
+        "ModelSize": "size",
+        "RecurrentConfig": "recurrent",
+        "RecurrentEncoderDecoder": "recurrent_seq2seq",
+        "RecurrentLM": "recurrent",
+        "TrainingMemory": "memory",
+        "find_card": "cards",
+        "gradient_flow": "gradient_flow",
+        "load": "loading",
+        "load_hf": "families.load",
+        "model_size": "size",
+        "save_hf": "families.save",
+        "training_memory": "memory",
+    },
+)
 
 __all__ = [
     "CARDS",

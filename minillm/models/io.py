@@ -15,11 +15,9 @@ from minillm.files import atomic_folder, read_json, sha256_file, write_json
 from minillm.models.build import MODELS, build_body
 from minillm.models.config import ModelConfig
 from minillm.models.heads import Head, HeadConfig, put_head
-from minillm.models.recurrent import RecurrentConfig, RecurrentLM
-from minillm.models.recurrent_seq2seq import RecurrentEncoderDecoder
 
 FORMAT = 1  # raised when an older minillm could not read what a newer one writes
-RECURRENT = {"recurrent": RecurrentLM, "recurrent_encoder_decoder": RecurrentEncoderDecoder}
+RECURRENT = {"RecurrentLM": "recurrent", "RecurrentEncoderDecoder": "recurrent_encoder_decoder"}  # class -> kind
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
@@ -71,9 +69,8 @@ def load_model(
 
 def _describe(model: nn.Module) -> dict[str, Any]:
     """What `build_described` builds the same model from, without its weights."""
-    kinds = {cls: kind for kind, cls in RECURRENT.items()}
     return {
-        "kind": kinds.get(type(model)),
+        "kind": RECURRENT.get(type(model).__name__),
         "model": to_dict(model.config),
         "head": to_dict(model.head_config) if isinstance(model, Head) else None,
         "lm_head": not isinstance(model, Head) and getattr(model, "lm_head", None) is not None,
@@ -94,12 +91,21 @@ def _check_described(model: nn.Module) -> None:
 
 def build_described(described: dict[str, Any], where: str = "") -> nn.Module:
     """A new model of the shape that a model folder's config.json describes."""
-    if recurrent := RECURRENT.get(described.get("kind")):
-        return recurrent(from_dict(RecurrentConfig, described["model"], where=where))
+    if described.get("kind") in RECURRENT.values():
+        return _recurrent(described, where)
     config = from_dict(ModelConfig, described["model"], where=where)
     if head := described.get("head"):
         return put_head(build_body(config), from_dict(HeadConfig, head, where=where))
     return MODELS[config.kind](config) if described.get("lm_head", True) else build_body(config)
+
+
+def _recurrent(described: dict[str, Any], where: str) -> nn.Module:
+    from minillm.models.recurrent import RecurrentConfig, RecurrentLM
+    from minillm.models.recurrent_seq2seq import RecurrentEncoderDecoder
+
+    classes = {cls.__name__: cls for cls in (RecurrentLM, RecurrentEncoderDecoder)}
+    (name,) = [name for name, kind in RECURRENT.items() if kind == described["kind"]]
+    return classes[name](from_dict(RecurrentConfig, described["model"], where=where))
 
 
 def _hash(described: dict[str, Any]) -> str:
