@@ -39,7 +39,8 @@ def table(path: Path = RESULTS) -> str:
             f"| {family} | {types} | {_named(OBJECTIVES, tasks)} | {_named(HEADS, tasks)} | {' | '.join(errors)} |"
         )
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines += ["", f"The last two columns: {_EXPLAINED} ({versions})."]
+    commit = facts["environment"]["commit"][:12]
+    lines += ["", f"The last two columns: {_EXPLAINED} (commit {commit}, {versions})."]
     return "\n".join(lines)
 
 

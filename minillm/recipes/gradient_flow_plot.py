@@ -32,6 +32,7 @@ def plot_gradient_flow(
         for colour, (name, curve) in zip(COLOURS * 2, curves.items(), strict=False):
             axes.plot(range(max_lag + 1), curve.cpu(), color=colour, label=name)
         axes.set(xlabel="lag k (steps back)", ylabel="|d loss$_t$ / d h$_{t-k}$|, at lag 0 = 1", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
         axes.set_title("How much gradient is left")
         axes.legend()
     return curves

@@ -16,8 +16,6 @@ from minillm.models.families.keys import Names, entries
 from minillm.models.heads import Head
 from minillm.tokenizers import Tokenizer
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
-
 
 def save_hf(
     model: nn.Module,
@@ -47,7 +45,10 @@ def save_hf(
         tensors[key] = torch.zeros(shape(config), dtype=dtype)
     if not config.tie_embeddings:
         tensors |= {key: tensors[repeated].clone() for key, repeated in architecture.untied.items()}
-    described = _describe(model, found, tokenizer) | {"architectures": [architecture.name], "dtype": _DTYPES[dtype]}
+    described = _describe(model, found, tokenizer) | {
+        "architectures": [architecture.name],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     with atomic_folder(folder) as temporary:
         _write_weights(tensors, temporary, max_shard_bytes)
         write_json(temporary / "config.json", described)

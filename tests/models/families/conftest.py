@@ -408,8 +408,10 @@ def pytest_sessionfinish(session):
 
 
 def _write_results(path: Path) -> None:
-    """{versions, results: [{case, family, model_type, class, task, errors: {what: {dtype: error}}}]}."""
+    """{environment, versions, results: [{case, family, model_type, class, task, errors: {what: {dtype: error}}}]}."""
     import transformers
+
+    from minillm.training.run_folder import environment
 
     results: dict[str, dict[str, Any]] = {}
     for member, what in MEASURED:
@@ -419,4 +421,7 @@ def _write_results(path: Path) -> None:
         result |= {"class": member.class_name, "task": member.task}
         result.setdefault("errors", {})[what] = MEASURED[member, what]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    path.write_text(json.dumps({"versions": versions, "results": list(results.values())}, indent=1), encoding="utf-8")
+    path.write_text(
+        json.dumps({"environment": environment(), "versions": versions, "results": list(results.values())}, indent=1),
+        encoding="utf-8",
+    )

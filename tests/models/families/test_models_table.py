@@ -29,10 +29,11 @@ def test_a_row_for_each_family(table, tmp_path):
         result("BERT", "bert", "BertForQuestionAnswering", "span", outputs={"float64": 2e-14}),
     ]
     written = tmp_path / "parity.json"
-    written.write_text(json.dumps({"versions": {"torch": "2", "transformers": "5"}, "results": results}))
+    facts = {"environment": {"commit": "0123456789abcdef"}, "versions": {"torch": "2", "transformers": "5"}}
+    written.write_text(json.dumps(facts | {"results": results}))
     lines = table(written).splitlines()
     assert lines[2:4] == [
         "| BERT | `bert` | masked tokens and words | question answering, pooled output | 2e-06 | 2e-14 |",
         "| T5 | `t5` | pairs of texts, span corruption, infilling | - | 0e+00 | 1e-15 |",
     ]
-    assert lines[-1].endswith("(torch 2, transformers 5).")
+    assert lines[-1].endswith("(commit 0123456789ab, torch 2, transformers 5).")
