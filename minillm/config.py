@@ -122,7 +122,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def _paths(cls: type, before: str = "") -> dict[str, Any]:
     """Every key an override may name, with its type: {"run": str, "train": TrainConfig, "train.lr": float, ...}."""
     paths = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         paths[before + name] = hint
         if section := _section(hint):
             paths |= _paths(section, f"{before}{name}.")
@@ -207,9 +207,15 @@ def _describe(hint: Any) -> str:
     return words.get(hint) or f"the keys of {hint.__name__}"
 
 
+def _hints(cls: type) -> dict[str, Any]:
+    """The type of each field."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
 def _build(cls: type, data: dict[str, Any], where: str, problems: list[str]) -> Any:
     """An instance of the dataclass `cls`; what is wrong goes to `problems`, each line with its dotted path."""
-    hints, before = typing.get_type_hints(cls), f"{where}." if where else ""
+    hints, before = _hints(cls), f"{where}." if where else ""
     count = len(problems)
     for name in (name for name in data if name not in hints):
         problems.append(f"{before}{name}: {cls.__name__} has no {name!r}; did you mean {nearest(name, hints)}?")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from minillm.peft.in_place import FullConfig
-from minillm.peft.method import tuning_of
 from minillm.peft.names import Wrapper, collapse
+from minillm.peft.record import record_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ def diagnose(model: nn.Module, probes: Sequence[Probe], loss: float, cut: bool) 
 
     `cut` says that reentrant checkpointing warned of blocks whose inputs need no gradient.
     """
-    tuning = tuning_of(model)
+    record = record_of(model)
     trains = [p for p in probes if p.trainable]
-    full = tuning is not None and isinstance(tuning.config, FullConfig)
+    full = record is not None and any(isinstance(t.config, FullConfig) for t in record.tunings.values())
     found: list[str] = []
 
     def add(condition: Any, name: str, advice: str, about: Iterable[Probe] = ()) -> None:
@@ -78,7 +78,14 @@ def diagnose(model: nn.Module, probes: Sequence[Probe], loss: float, cut: bool) 
 
 def _has_no_adapter(model: nn.Module, probes: Sequence[Probe], trains: Sequence[Probe]) -> bool:
     """Whether adapters were planned and none is there; without a plan, whether all is frozen and nothing is wrapped."""
-    if (tuning := tuning_of(model)) is None:
+    if (record := record_of(model)) is None:
         return not trains and not any(isinstance(module, Wrapper) for module in model.modules())
-    planned = set(tuning.plan.parameters) - set(tuning.required_grad)
-    return bool(planned) and not planned & {p.name for p in probes}
+    planned = [
+        p
+        for t in record.tunings.values()
+        if t.trains
+        for n, p in t.parameters().items()
+        if n not in record.required_grad
+    ]
+    there = {id(p) for p in model.parameters()}
+    return bool(planned) and not any(id(p) in there for p in planned)

@@ -3,43 +3,37 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minillm.peft.lora_linear import LoRALinear, adapter_dtype, rank_problem
-from minillm.peft.method import Method, Plan, refuse
-from minillm.peft.names import (
-    collapse,
-    find,
-    is_linear,
-    names_of,
-    original_modules,
-    original_parameters,
-    tie,
-    tied_parameters,
-    ties_across,
-)
-from minillm.peft.replace import replace_modules
+from minillm.peft.linears import adapter_dtype, features, is_linear
+from minillm.peft.lora_embedding import LoRAEmbedding
+from minillm.peft.lora_linear import LoRALinear, rank_problem
+from minillm.peft.method import PREFIX, AdapterConfig, Plan, refuse
+from minillm.peft.names import base_modules, names_of, original_modules
+from minillm.peft.replace import wrap_modules
+from minillm.peft.targets import ALL_LINEAR, find_targets
 
-ALL_LINEAR = "all-linear"
-HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")  # output layers, in ours and the Hub's models
 PEFT_BOOKKEEPING = (  # fields of adapter_config.json that change no number by themselves
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "megatron_core", "qalora_group_size"),
+    *("inference_mode", "megatron_core", "qalora_group_size", "fan_in_fan_out"),
 )
+
+LINEAR_LEAVES = ("lora_A", "lora_B")
+EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 
 Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig(Method):
-    """Which linear layers get a LoRA, and of what size.
+class LoraConfig(AdapterConfig):
+    """Which linear layers and embeddings get a LoRA, and of what size.
 
     A target is the end of a module's path, whole segments ("q_proj", "mlp.up_proj"), or "all-linear": every linear
-    layer but the output head. Trainable values: R * (Din + Dout), summed over the layers.
+    layer but the output head. Trainable values: R * (Din + Dout), summed over the layers; an embedding has Din = V.
     `rank_pattern` and `alpha_pattern` give some targets a value of their own: (("v_proj", 4),) or {"v_proj": 4}, on the
     command line lora.rank_pattern=v_proj:4,k_proj:2.
     `trainable` names modules that train in full beside the adapters and are saved with them, such as a new head.
@@ -47,6 +41,9 @@ class LoraConfig(Method):
 
     name = "lora"
     peft_type = "LORA"
+    title = "Low-rank adapters"
+    paper = "Hu et al. 2021, arXiv:2106.09685"
+    formula = "R (Din + Dout) for each layer"
 
     rank: int = 8
     alpha: float = 16.0
@@ -55,12 +52,10 @@ class LoraConfig(Method):
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()  # q_proj:4,v_proj:8
     alpha_pattern: tuple[tuple[str, float], ...] = ()  # q_proj:8,v_proj:16
-    trainable: tuple[str, ...] = ()
 
-    def __post_init__(self):
-        problems: list[str] = []
-        for name in ("targets", "trainable"):
-            object.__setattr__(self, name, names_of(name, getattr(self, name), problems))
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        object.__setattr__(self, "targets", names_of("targets", self.targets, problems))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, _pairs(name, getattr(self, name), problems))
         for name, value in (("rank", self.rank), *self.rank_pattern):
@@ -75,75 +70,40 @@ class LoraConfig(Method):
             problems.append(f"rslora: True or False, not {self.rslora!r}")
         if self.targets == ():
             problems.append(f'targets: name at least one, such as "q_proj", or "{ALL_LINEAR}"')
-        refuse(problems, "LoraConfig:")
+        return problems
 
     def plan(self, model: nn.Module) -> Plan:
-        problems: list[str] = []
-        modules: dict[str, list[nn.Module]] = {}  # a wrapper and its base share a name
-        for name, _, module in original_modules(model):
-            modules.setdefault(name, []).append(module)
-        linears = {name: module for name, found in modules.items() for module in found if is_linear(module)}
-        names = self._find(modules, linears, problems)
-        roots = find(modules, self.trainable, problems, "module (in trainable)")
-        whole = original_parameters(model, roots)
-        problems += _together(self._misfits(model, names, modules, linears, whole))
-        problems += [f"{name}: {problem}" for name, problem in ties_across(model, roots).items()]
-        there = "its linear layers are:\n    " + "\n    ".join(collapse(linears) or ["none"])
-        refuse(problems, f"LoRA does not fit this {type(model).__name__}, which is unchanged:", there)
-
-        parameters, adapted = {}, set()
-        for name in names:
-            base, rank = linears[name], self._rank(name)
-            if base not in adapted:  # one layer in two places has one adapter
-                adapted.add(base)
-                like = {"dtype": adapter_dtype(base), "device": "meta"}
-                parameters[f"{name}.lora_A"] = torch.empty(rank, base.in_features, **like)
-                parameters[f"{name}.lora_B"] = torch.empty(base.out_features, rank, **like)
-        parameters |= {name: torch.empty_like(parameter, device="meta") for name, parameter in whole.items()}
-        return Plan(tuple(names), tuple(roots), parameters)
-
-    def _find(self, modules: Mapping, linears: Mapping, problems: list[str]) -> list[str]:
-        """The names that the targets and patterns mean; what they do not find goes to `problems`."""
-        named = [target for target in self.targets if target != ALL_LINEAR]
-        if "" in linears:
-            problems.append(
-                "it is a linear layer itself, and an adapter takes the place of one inside a model: put it into one, "
-                'such as nn.Sequential(layer), with the target "0"'
-            )
-            return []
-        names = find(modules, named, problems, "module", suggest=linears)
-        if ALL_LINEAR in self.targets:
-            names = [name for name in linears if name in names or name.rpartition(".")[2] not in HEADS]
-        for field in ("rank_pattern", "alpha_pattern"):
-            find(names, [key for key, _ in getattr(self, field)], problems, f"target (in {field})")
-        return names
-
-    def _misfits(self, model: nn.Module, names, modules, linears, whole) -> Iterator[tuple[str, str]]:
-        """(name, why it cannot get an adapter)"""
-        tied = tied_parameters(model)
-        for name in names:
-            base = linears.get(name)
-            if base is None:
-                yield name, f"is a {type(modules[name][0]).__name__}, not a linear layer"
-                continue
-            if any(isinstance(module, LoRALinear) for module in modules[name]):
-                yield name, "already has a LoRA; merge(model) or unload(model) it first"
-            if problem := rank_problem(self._rank(name), base):
-                yield name, problem
-            if f"{name}.weight" in tied:
-                yield name, tie(f"{name}.weight", tied)
-            if f"{name}.weight" in whole:
-                yield name, "is a target and in `trainable`; choose one"
-            for other in linears:
-                if linears[other] is base and other not in names:
-                    yield name, f"is also {other}, which would change too; target both"
+        patterns = {name: [key for key, _ in getattr(self, name)] for name in ("rank_pattern", "alpha_pattern")}
+        found = find_targets(
+            model,
+            self.targets,
+            self.trainable,
+            method="LoRA",
+            kind=lambda module: is_linear(module) or is_embedding(module),
+            kind_name="linear or embedding layer",
+            fits=lambda name, layer: rank_problem(self._rank(name), *_sizes(layer)),
+            among=patterns,
+        )
+        parameters = {}
+        for name, layer in found.layers.items():
+            (size_in, size_out), rank = _sizes(layer), self._rank(name)
+            like = {"dtype": adapter_dtype(layer), "device": "meta"}
+            leaf_a, leaf_b = EMBEDDING_LEAVES if is_embedding(layer) else LINEAR_LEAVES
+            parameters[f"{name}.{leaf_a}"] = torch.empty(rank, size_in, **like)
+            parameters[f"{name}.{leaf_b}"] = torch.empty(size_out, rank, **like)
+        parameters |= {name: torch.empty_like(parameter, device="meta") for name, parameter in found.whole.items()}
+        return Plan(found.names, found.roots, parameters)
 
     def install(self, model: nn.Module, plan: Plan) -> None:
-        def make(name: str, base: nn.Module) -> LoRALinear:
-            alpha = _value(self.alpha_pattern, name, self.alpha)
-            return LoRALinear(base, self._rank(name), alpha, dropout=self.dropout, rslora=self.rslora)
+        layers = {name: layer for name, _, layer in base_modules(model)}
 
-        replace_modules(model, lambda name, module: name in plan.adapted and is_linear(module), make)
+        def make(name: str, base: nn.Module) -> LoRALinear | LoRAEmbedding:
+            rank, alpha = self._rank(name), _value(self.alpha_pattern, name, self.alpha)
+            if is_embedding(layers[name]):
+                return LoRAEmbedding(base, rank, alpha, rslora=self.rslora)
+            return LoRALinear(base, rank, alpha, dropout=self.dropout, rslora=self.rslora)
+
+        wrap_modules(model, plan.adapted, make)
 
     def _rank(self, name: str) -> int:
         return _value(self.rank_pattern, name, self.rank)
@@ -160,9 +120,19 @@ class LoraConfig(Method):
             "alpha_pattern": dict(self.alpha_pattern),
             "modules_to_save": list(plan.whole) or None,  # peft looks at the end of the text, not of the path
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": False,  # peft sees a Conv1D by itself
             "init_lora_weights": True,
             "use_dora": False,
+        }
+
+    def to_peft_tensors(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """peft's adapters are linear layers with a weight each, but in embeddings."""
+        return {PREFIX + name + _weight(name): tensor for name, tensor in tensors.items()}
+
+    def from_peft_tensors(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        return {
+            short if _weight(short := name.removesuffix(".weight")) else name: tensor for name, tensor in names.items()
         }
 
     @classmethod
@@ -202,14 +172,20 @@ def _pairs(name: str, value: Any, problems: list[str]) -> tuple[tuple[str, Any],
     return ()
 
 
-def _together(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """One line for all names that have the same problem."""
-    about: dict[str, list[str]] = {}
-    for name, problem in problems:
-        about.setdefault(problem, []).append(name)
-    return [f"{', '.join(collapse(names))}: {problem}" for problem, names in about.items()]
-
-
 def _value(pairs: Sequence[tuple[str, Value]], name: str, default: Value) -> Value:
     """The value of the first pair whose key is the end of `name`."""
     return next((value for key, value in pairs if f".{name}".endswith(f".{key}")), default)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether it is torch's embedding."""
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """(Din, Dout), as of a linear layer that reads one-hot vectors."""
+    return (layer.num_embeddings, layer.embedding_dim) if is_embedding(layer) else features(layer)
+
+
+def _weight(name: str) -> str:
+    return ".weight" if name.rpartition(".")[2] in LINEAR_LEAVES else ""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from minillm.ops import lora, lora_linear
-from minillm.peft.names import Wrapper
+from minillm.peft.linears import adapter_dtype, device_of, features, is_conv1d
+from minillm.peft.names import Wrapper, innermost
 
 
 class LoRALinear(Wrapper):
@@ -21,21 +22,24 @@ class LoRALinear(Wrapper):
     Raises ValueError for a rank that the layer cannot have.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
+    def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
-        if problem := rank_problem(rank, base):
+        layer = innermost(base)
+        self.in_features, self.out_features = features(layer)
+        if problem := rank_problem(rank, self.in_features, self.out_features):
             raise ValueError(problem)
         self.base, self.rank = base, rank
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = nn.Dropout(dropout)
-        where = {"dtype": adapter_dtype(base), "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **where))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **where))
+        self.transposed = is_conv1d(layer)
+        where = {"dtype": adapter_dtype(layer), "device": device_of(layer)}
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **where))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the bound is then 1 / sqrt(Din)
 
     def forward(self, x: Tensor) -> Tensor:
         drops = self.training and self.dropout.p > 0
-        if drops or type(self.base).forward is not nn.Linear.forward:  # the base may have been wrapped since
+        if drops or type(self.base).forward is not nn.Linear.forward:  # the base may be no plain layer
             return lora(self.base(x), self.dropout(x), self.lora_A, self.lora_B, self.scale)
         return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
 
@@ -46,26 +50,26 @@ class LoRALinear(Wrapper):
         Code that reads a layer's weight instead of calling the layer (a loss fused with the output head,
         nn.MultiheadAttention) is thereby right too, but for dropout, and sends gradients to A and B.
         """
-        wide = torch.promote_types(self.base.weight.dtype, self.lora_A.dtype)
+        base = self.base.weight
+        wide = torch.promote_types(base.dtype, self.lora_A.dtype)
         update = self.lora_B.to(wide) @ self.lora_A.to(wide)
-        return (self.base.weight.to(wide) + self.scale * update).to(self.base.weight.dtype)
+        return (base.to(wide) + self.scale * (update.t() if self.transposed else update)).to(base.dtype)
 
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
 
+    def folded(self) -> dict[str, Tensor]:
+        """The merged weight."""
+        return {"weight": self.weight}
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
-def rank_problem(rank: int, base: nn.Linear) -> str | None:
-    """Why `base` cannot have an adapter of this rank, None if it can."""
-    limit = min(base.in_features, base.out_features)
+def rank_problem(rank: int, size_in: int, size_out: int) -> str | None:
+    """Why a layer of these sizes cannot have an adapter of this rank, None if it can."""
+    limit = min(size_in, size_out)
     if 1 <= rank <= limit:
         return None
-    return f"rank {rank} is outside 1..{limit}, the ranks a {base.out_features} x {base.in_features} matrix can have"
-
-
-def adapter_dtype(base: nn.Linear) -> torch.dtype:
-    """float32 at least: small updates would be lost in a bfloat16 adapter."""
-    return torch.promote_types(base.weight.dtype, torch.float32)
+    return f"rank {rank} is outside 1..{limit}, the ranks a {size_out} x {size_in} matrix can have"

@@ -1,17 +1,19 @@
-"""What every way of tuning offers, and what a tuned model remembers of it.
+"""What every way of tuning offers.
 
 A method is a frozen config that can plan (say what would train, or refuse) and install (insert its modules). `tune`,
-`save_adapter` and the others do the rest in the same way for all of them.
+`merge`, `save_adapter` and the others do the rest in the same way for all of them.
 """
 
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from minillm.peft.names import Wrapper, every_parameter
+from minillm.peft.names import names_of
+
+PREFIX = "base_model.model."  # peft puts it before every name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +34,22 @@ class Plan:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 
+class CannotMerge(ValueError):
+    """The adapter cannot become part of the base's weights; the message says why."""
+
+
 class Method(abc.ABC):
     """A way of tuning; its configs are frozen dataclasses."""
 
-    name = ""
-    peft_type = ""  # in adapter_config.json: Hugging Face's word where they have one, else MINILLM_...
+    name: ClassVar[str] = ""
+    peft_type: ClassVar[str] = ""  # in adapter_config.json: Hugging Face's word where they have one, else MINILLM_...
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    formula: ClassVar[str] = ""  # of the trainable values
+    cannot_merge: ClassVar[str] = ""  # why not; empty where every wrapper can be folded into its base
+    start: ClassVar[str] = ""  # why a model does not compute at the start what it computed before; empty if it does
+    keeps_base: ClassVar[bool] = True  # False: it trains the base's own parameters, and nobody has a copy
+    changes_base: ClassVar[bool] = False  # True: installing replaces frozen weights, such as by quantized ones
 
     @abc.abstractmethod
     def plan(self, model: nn.Module) -> Plan:
@@ -44,7 +57,11 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def install(self, model: nn.Module, plan: Plan) -> None:
-        """Insert what `plan` asks for; what the model computes must not change yet."""
+        """Insert what `plan` asks for. What it trains in place need not be copied: `tune` does that."""
+
+    def penalty(self, model: nn.Module, mask: Tensor | None) -> Tensor | None:
+        """What the method adds to the loss; `mask` (B, T) is True at real tokens. None: nothing."""
+        return None
 
     def to_peft(self, plan: Plan) -> dict[str, Any]:
         """The fields of adapter_config.json that Hugging Face peft needs, where it knows the method."""
@@ -55,37 +72,37 @@ class Method(abc.ABC):
         """The config that peft described; ValueError for a field we cannot carry out."""
         raise ValueError(f"{cls.peft_type} is no method of peft's")
 
+    def to_peft_tensors(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The trained tensors by the keys of the adapter's file; nothing may be lost."""
+        return {PREFIX + name: tensor for name, tensor in tensors.items()}
 
-@dataclasses.dataclass
-class Tuning:
-    """What a tuned model remembers, so that it can be saved, merged and given back as it was."""
-
-    config: Method
-    plan: Plan
-    required_grad: dict[str, bool]  # of the base's parameters, before tuning
-    merged: list[tuple[Wrapper, Tensor]] | None = None  # adapted layer, original weight: while merged for a time
+    def from_peft_tensors(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The way back. A key that is none of this method's keeps its text, and will be reported as unexpected."""
+        return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
-def tuning_of(model: nn.Module) -> Tuning | None:
-    """The record that `tune` left on the model, None where there is none."""
-    return vars(model).get("_tuning")
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig(Method):
+    """A way of tuning that leaves the base as it is. `trainable` names modules that train in full beside it.
+
+    They are saved with it: a new head, for example. Each has its own copy, so switching adapters switches heads.
+    """
+
+    trainable: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+
+    def __post_init__(self):
+        refuse(self._problems(), f"{type(self).__name__}:")
+
+    def _problems(self) -> list[str]:
+        """All that is wrong with the config; may also bring fields into their normal form."""
+        problems: list[str] = []
+        object.__setattr__(self, "trainable", names_of("trainable", self.trainable, problems))
+        return problems
 
 
-def require_tuning(model: nn.Module, act: str) -> Tuning:
-    """The record that `tune` left, or a ValueError saying that there is nothing to `act` on."""
-    if (tuning := tuning_of(model)) is None:
-        raise ValueError(f"nothing to {act}: this {type(model).__name__} is not tuned (tune() or load_adapter() first)")
-    return tuning
-
-
-def forget(model: nn.Module) -> None:
-    """Make the model an untuned one: no record, and each parameter that the base had trains as it did before."""
-    tuning = require_tuning(model, "forget")
-    for name, parameter in every_parameter(model):
-        before = tuning.required_grad.get(name, parameter.requires_grad)
-        if before != parameter.requires_grad:
-            parameter.requires_grad_(before)
-    del model._tuning
+def num_parameters(config: Method, model: nn.Module) -> int:
+    """How many values `config` would train in `model`, by formula: nothing is built."""
+    return config.plan(model).count
 
 
 def refuse(problems: Iterable[str], head: str, foot: str = "") -> None:

@@ -6,47 +6,118 @@ also where a first one has put a wrapper around `mlp`, and a base weight keeps i
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from minillm.config import nearest
 
+DEFAULT = "default"  # the name of an adapter that was given none
 
-class Wrapper(nn.Module):
-    """A module put around another one, `base`. Its own segment of a path, `.base`, is no part of original paths."""
+
+class Added(nn.Module):
+    """A module that an adapter brought; `adapter` is that adapter's name."""
+
+    adapter: str = DEFAULT
+
+
+class Wrapper(Added):
+    """A module put around another one, `base`. Its own segment of a path, `.base`, is no part of original paths.
+
+    A wrapper that can become part of its base also has `folded() -> dict[str, Tensor]`: the base's tensors that change,
+    each with its new value, computed in float32 at least and rounded once.
+    """
 
     base: nn.Module
 
 
+class Gate(Added):
+    """A module that stands in the `hidden` of a whole model (see `doors`); `leaf` is its segment of original paths."""
+
+    leaf = "gate"
+    positions = 0  # of those that the model has for a text, how many it uses up
+
+    def hidden(self, call: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+        """What the model computes instead of `call(*args, **options)`."""
+        raise NotImplementedError
+
+
+class Place(NamedTuple):
+    """Where a module stands: its original path, its path, and the adapter that it belongs to ("": the base)."""
+
+    name: str
+    path: str
+    module: nn.Module
+    adapter: str
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every module; one that stands in two places comes twice, and a wrapper before what it is around."""
+    yield from _walk(Place("", "", model, ""))
+
+
+def _walk(place: Place) -> Iterator[Place]:
+    yield place
+    module = place.module
+    for segment, child in module._modules.items():
+        if child is None:
+            continue
+        inner = isinstance(module, Wrapper) and segment == "base"
+        adapter = "" if inner else place.adapter
+        name = place.name if inner else join(place.name, segment)
+        if isinstance(child, Added):
+            adapter = child.adapter
+            name = join(place.name, child.leaf) if isinstance(child, Gate) else name
+        yield from _walk(Place(name, join(place.path, segment), child, adapter))
+
+
 def original_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """(original path, path, module) of every module; one that stands in two places comes twice."""
-    originals, wrapped = {"": ""}, set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        parent, _, segment = path.rpartition(".")
-        if path:
-            originals[path] = originals[parent] if path in wrapped else join(originals[parent], segment)
-        if isinstance(module, Wrapper):
-            wrapped.add(join(path, "base"))
-        yield originals[path], path, module
+    return ((place.name, place.path, place.module) for place in places(model))
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(original path, the module there now, the base's own below its wrappers), without what adapters brought."""
+    around: dict[int, nn.Module] = {}  # id of a wrapper's base -> the outermost wrapper
+    for place in places(model):
+        if isinstance(place.module, Wrapper):
+            around[id(place.module.base)] = around.get(id(place.module), place.module)
+        elif not place.adapter:
+            yield place.name, around.get(id(place.module), place.module), place.module
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The base's own module below all wrappers."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
 
 
 def every_parameter(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(original path, parameter); a shared parameter comes once under each of its names.
 
-    Example: the adapter of `layers.0.q_proj` is `layers.0.q_proj.lora_A`, its base stays `layers.0.q_proj.weight`.
+    Example: the adapter of `layers.0.q_proj` is `layers.0.q_proj.lora_A`, its base stays `layers.0.q_proj.weight`; the
+    parameter of an adapter with a name of its own, "poems", is `layers.0.q_proj.lora_A@poems`.
     """
-    for name, _, module in original_modules(model):
+    for name, _, module, adapter in places(model):
         for leaf, parameter in module.named_parameters(recurse=False):
-            yield join(name, leaf), parameter
+            yield join(name, leaf) + ("" if adapter in ("", DEFAULT) else f"@{adapter}"), parameter
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As `every_parameter`, of the base alone."""
+    for name, _, module, adapter in places(model):
+        if not adapter:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                yield join(name, leaf), parameter
 
 
 def original_parameters(model: nn.Module, within: Sequence[str] = ("",)) -> dict[str, nn.Parameter]:
     """Every parameter once, under its first original path; only those inside the modules `within`, if given."""
     named, seen = {}, set()
     for name, parameter in every_parameter(model):
-        if _inside(name, within) and id(parameter) not in seen:
+        if inside(name, within) and id(parameter) not in seen:
             seen.add(id(parameter))
             named[name] = parameter
     return named
@@ -73,17 +144,11 @@ def tie(name: str, tied: dict[str, list[str]]) -> str:
     )
 
 
-def ties_across(model: nn.Module, within: Sequence[str]) -> dict[str, str]:
-    """The parameters inside the modules `within` that are tied with one outside -> why they cannot change alone."""
-    tied = tied_parameters(model)
-    inside = [name for name, _ in every_parameter(model) if _inside(name, within)]
-    return {name: tie(name, tied) for name in inside if not set(tied.get(name, ())).issubset(inside)}
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` computes x W^T + b with a weight of its own (a subclass of nn.Linear may do something else)."""
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain and "weight" in dict(module.named_parameters(recurse=False))
+def ties_across(model: nn.Module, within: Iterable[str], more: Iterable[str] = ()) -> dict[str, str]:
+    """Parameters in the modules `within`, and `more`, tied with one that is not -> why they cannot change alone."""
+    tied, within, more = tied_parameters(model), tuple(within), set(more)
+    chosen = [name for name, _ in base_parameters(model) if inside(name, within) or name in more]
+    return {name: tie(name, tied) for name in chosen if not set(tied.get(name, ())).issubset(chosen)}
 
 
 def find(
@@ -142,7 +207,7 @@ def join(parent: str, child: str) -> str:
     return f"{parent}.{child}" if parent else child
 
 
-def _inside(name: str, modules: Sequence[str]) -> bool:
+def inside(name: str, modules: Sequence[str]) -> bool:
     return any(not module or name.startswith(module + ".") for module in modules)
 
 

@@ -1,10 +1,10 @@
 """Putting a module in another one's place: how adapters enter a model that knows nothing of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import nn
 
-from minillm.peft.names import original_modules
+from minillm.peft.names import Wrapper, original_modules, places
 
 
 def replace_modules(
@@ -32,3 +32,28 @@ def replace_modules(
         parent, _, segment = path.rpartition(".")
         setattr(model.get_submodule(parent), segment, module)
     return list(dict.fromkeys(names.values()))
+
+
+def wrap_modules(
+    model: nn.Module, names: Collection[str], make: Callable[[str, nn.Module], Wrapper]
+) -> list[tuple[str, Wrapper]]:
+    """Put `make(name, module)` around what stands at each of the original paths `names`; (name, wrapper) of each.
+
+    `module` may be an earlier adapter's wrapper: the newest stands outermost. Otherwise as `replace_modules`, except
+    that one of the modules may be inside another.
+    """
+    found: dict[str, tuple[str, nn.Module]] = {}  # path -> name, module
+    inside: set[str] = set()  # paths of what already has a wrapper around it
+    for name, path, module, adapter in places(model):
+        if isinstance(module, Wrapper):
+            inside.add(f"{path}.base")
+        if name in names and path not in inside and (not adapter or isinstance(module, Wrapper)):
+            found[path] = name, module
+    made: dict[int, Wrapper] = {}
+    for name, module in found.values():
+        if id(module) not in made:
+            made[id(module)] = make(name, module).train(module.training)
+    for path in sorted(found, key=lambda path: -path.count(".")):  # what is inside first: paths outside stay true
+        parent, _, segment = path.rpartition(".")
+        setattr(model.get_submodule(parent), segment, made[id(found[path][1])])
+    return [(name, made[id(module)]) for name, module in found.values()]

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minillm.peft import FullConfig, LoraConfig, PartialConfig, load_adapter, save_adapter, tune
-from minillm.peft.io import fingerprint
+from minillm.peft.fingerprint import fingerprint
+from minillm.peft.method import Plan
+from minillm.peft.record import Tuning
 
 CONFIG = LoraConfig(
     rank=2,
@@ -160,7 +162,7 @@ def test_everything_that_does_not_fit_in_one_error(saved):
 
 def test_targets_that_the_model_has_not(saved):
     _, folder = saved
-    refused(nn.Sequential(nn.Linear(4, 4)), folder, "'q_proj' matches no module", "its linear layers are:")
+    refused(nn.Sequential(nn.Linear(4, 4)), folder, "'q_proj' matches no module", "its linear or embedding layers are:")
 
 
 def test_damaged_files(saved):
@@ -186,15 +188,15 @@ def test_other_formats(saved):
     base, folder = saved
     edit(folder / "minillm.json", format=99)
     refused(base, folder, "minillm.json has format 99; this minillm reads 1")
-    edit(folder / "minillm.json", format=1, method="ia3")
-    refused(base, folder, "minillm.json has method 'ia3'; this minillm reads lora, full, partial")
+    edit(folder / "minillm.json", format=1, method="lore")
+    refused(base, folder, "minillm.json has method 'lore'; this minillm reads lora, ")
     edit(folder / "minillm.json", method="lora", config={"rank": 0, "rnk": 1})
     refused(base, folder, "minillm.json: config.rnk: LoraConfig has no 'rnk'; did you mean rank?")
     edit(folder / "minillm.json", config={"rank": 0})
     refused(base, folder, "rank: a rank is a whole number, at least 1, not 0")
     (folder / "minillm.json").unlink()
-    edit(folder / "adapter_config.json", peft_type="IA3")
-    refused(base, folder, "has peft_type 'IA3'; this minillm reads LORA, MINILLM_FULL, MINILLM_PARTIAL")
+    edit(folder / "adapter_config.json", peft_type="LOHA")
+    refused(base, folder, "has peft_type 'LOHA'; this minillm reads")
     edit(folder / "adapter_config.json", peft_type="MINILLM_FULL")
     refused(base, folder, "adapter_config.json: MINILLM_FULL is no method of peft's")
 
@@ -211,7 +213,7 @@ def test_another_tokenizer(decoder, tmp_path):
 def test_a_tuned_model_takes_no_second_adapter(saved):
     base, folder = saved
     tune(base, LoraConfig(rank=2, alpha=6.0))
-    refused(base, folder, "the model is tuned already")
+    refused(base, folder, "it has an adapter 'default': LoraConfig")
 
 
 def test_saving_what_was_not_planned(decoder, tmp_path):
@@ -233,7 +235,7 @@ def test_fingerprint_sees_names_shapes_dtypes_bytes_and_saved_buffers():
         module.register_parameter(name, nn.Parameter(torch.full(shape, value, dtype=dtype)))
         module.register_buffer("mean", torch.tensor(buffer))
         module.register_buffer("scratch", torch.tensor(unsaved), persistent=False)
-        return fingerprint(module, ())
+        return fingerprint(module, Tuning("", FullConfig(), Plan((), (), {}), ()))
 
     changed = [dict(name="b"), dict(shape=(3, 2)), dict(dtype=torch.bfloat16), dict(value=1.0), dict(buffer=1.0)]
     assert len({model(), *(model(**change) for change in changed)}) == 6

@@ -9,8 +9,8 @@ from torch import nn
 
 from minillm.config import override
 from minillm.peft import LoraConfig, LoRALinear, PartialConfig, Wrapper, merge, replace_modules, tune, unload, unmerge
-from minillm.peft.method import tuning_of
 from minillm.peft.names import collapse, original_parameters
+from minillm.peft.record import record_of
 
 
 class Scaled(Wrapper):
@@ -105,7 +105,7 @@ def test_misspelt_target_lists_what_there_is(decoder):
         "LoRA does not fit this Decoder, which is unchanged:",
         "'v_prj' matches no module; did you mean v_proj",
         "'c_attn' matches no module; did you mean",
-        "its linear layers are:\nlayers.{0..2}.self_attn.q_proj\nlayers.{0..2}.self_attn.k_proj",
+        "layers are:\nembed_tokens\nlayers.{0..2}.self_attn.q_proj\nlayers.{0..2}.self_attn.k_proj",
         "layers.{0..2}.mlp.down_proj\nlm_head",
     )
 
@@ -120,8 +120,8 @@ def test_everything_wrong_in_one_error(tied_decoder):
     refused(
         tied_decoder,
         config,
-        "layers.{0..2}.mlp: is a GatedMLP, not a linear layer",
-        "embed_tokens: is a Embedding, not a linear layer",
+        "layers.{0..2}.mlp: is a GatedMLP, not a linear or embedding layer",
+        "embed_tokens: its weight is tied with lm_head.weight, which would change too; untie them first",
         "lm_head: its weight is tied with embed_tokens.weight, which would change too; untie them first",
         "layers.{0..2}.self_attn.v_proj: rank 17 is outside 1..8, the ranks a 8 x 16 matrix can have",
         "lm_head: rank 17 is outside 1..16",
@@ -137,11 +137,20 @@ def test_tied_module_cannot_be_trained_beside_adapters(tied_decoder):
 
 def test_target_that_has_a_lora(decoder):
     tune(decoder.layers[0], LoraConfig(rank=2))
-    refused(decoder, LoraConfig(rank=2), "layers.0.self_attn.q_proj, layers.0.self_attn.v_proj: already has a LoRA")
+    refused(
+        decoder,
+        LoraConfig(rank=2),
+        "layers.0 is tuned by itself; unload(model.layers.0) it first",
+    )
 
 
 def test_model_without_linear_layers():
-    refused(nn.Sequential(nn.ReLU()), LoraConfig(), "'q_proj' matches no module", "its linear layers are:\nnone")
+    refused(
+        nn.Sequential(nn.ReLU()),
+        LoraConfig(),
+        "'q_proj' matches no module",
+        "layers are:\nnone",
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,7 @@ def test_model_without_linear_layers():
         (dict(alpha=float("nan")), "alpha: an alpha is a number above 0, not nan"),
         (dict(dropout=1.0), r"dropout: a probability in \[0, 1\), not 1.0"),
         (dict(targets="q_proj"), r"targets: a tuple of names, not the text 'q_proj'; write \('q_proj',\)"),
-        (dict(targets=None, trainable=(1,)), r"(?s)targets: a tuple of names, not None.*trainable: .* not \(1,\)"),
+        (dict(targets=None, trainable=(1,)), r"(?s)trainable: .* not \(1,\).*targets: a tuple of names, not None"),
         (dict(targets=()), 'targets: name at least one, such as "q_proj", or "all-linear"'),
     ],
 )
@@ -183,10 +192,10 @@ def test_dicts_and_lists_become_tuples():
 def test_a_linear_layer_alone_has_no_place_for_an_adapter(targets):
     layer = nn.Linear(8, 8)
     with pytest.raises(
-        ValueError, match=r'it is a linear layer itself, .* nn.Sequential\(layer\), with the target "0"'
+        ValueError, match=r'it is a linear or embedding layer itself, .* nn.Sequential\(layer\), with the target "0"'
     ):
         tune(layer, LoraConfig(targets=targets))
-    assert layer.weight.requires_grad and tuning_of(layer) is None
+    assert layer.weight.requires_grad and record_of(layer) is None
     tune(nn.Sequential(layer), LoraConfig(targets=("0",)))
 
 
