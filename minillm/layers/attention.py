@@ -1,6 +1,7 @@
 """Multi-head attention: self or cross, with fewer key/value heads if wanted, with a cache if given."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from jaxtyping import Bool, Float
@@ -11,6 +12,7 @@ from minillm import ops
 from minillm.layers.cache import KVCache, MemoryCache
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of `ops.rotary_table`
+Beside = tuple[Tensor, Tensor, Tensor]  # keys and values (1, G, P, K), and how much each head reads of them (H, 1, 1)
 
 
 class Attention(nn.Module):
@@ -58,26 +60,35 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "#B #H #T S1"] | None = None,
         causal: bool = False,
         rotation: Rotation | None = None,
-        bias: Float[Tensor, "#B #H #T S1"] | None = None,
+        bias: Float[Tensor, "#B #H #T S2"] | None = None,
         cache: KVCache | MemoryCache | None = None,
+        beside: Sequence[Beside] = (),
     ) -> Float[Tensor, "B T D"]:
         """Attend and project back to D features.
 
-        `mask` (True = may see) and `bias` (added to the scores) speak of all tokens, cached ones included; a learned
-        prefix in the cache is seen by all. `causal`: a query sees no later position.
+        `mask` (True = may see) and `bias` (added to the scores) speak of all tokens, cached ones included. A learned
+        prefix in the cache is seen by all, with no bias, unless they speak of it, too.
+        `causal`: a query sees no later position.
         `rotation`: cosines and sines that turn queries and keys. `cache` keeps this call's keys and values; a
         MemoryCache keeps those of `source` with its mask, and once filled it stands for both.
+        `beside`: further keys and values, each read by a softmax of their own and added.
         """
         q, k, v, mask, bias = self._project(x, source, mask, rotation, bias, cache)
         dropout = self.dropout if self.training else 0.0
         y = ops.attention(q, k, v, mask=mask, causal=causal, bias=bias, scale=self.scale, dropout=dropout)
+        for keys, values, share in beside:
+            k, v = (x.to(q.dtype).expand(len(q), -1, -1, -1) for x in (keys, values))
+            y = y + share.to(y.dtype) * ops.attention(q, k, v, scale=self.scale, dropout=dropout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def weights(
-        self, x: Tensor, *, source=None, mask=None, causal=False, rotation=None, bias=None, cache=None
+        self, x: Tensor, *, source=None, mask=None, causal=False, rotation=None, bias=None, cache=None, beside=()
     ) -> Float[Tensor, "B H T S"]:
-        """The attention weights of that call of `forward`, for looking at. A `cache` is filled, as `forward` would."""
-        q, k, _, mask, bias = self._project(x, source, mask, rotation, bias, cache)
+        """The attention weights of that call of `forward`, for looking at: without those of `beside`.
+
+        A `cache` is left as it is, so that the call itself can follow.
+        """
+        q, k, _, mask, bias = self._project(x, source, mask, rotation, bias, copy.copy(cache))
         return ops.attention_weights(q, k, mask=mask, causal=causal, bias=bias, scale=self.scale)
 
     def _project(self, x, source, mask, rotation, bias, cache):
@@ -88,22 +99,27 @@ class Attention(nn.Module):
         k, v = self._heads(self.k_proj(source), self.k_norm), self._heads(self.v_proj(source))  # (B, G, S, K)
         if rotation is not None:
             q, k = ops.rope(q, *rotation), ops.rope(k, *rotation)
-        tokens = k.shape[2] + (cache.offset if isinstance(cache, KVCache) else 0)
+        tokens, prefix = k.shape[2], 0
+        if isinstance(cache, KVCache):
+            tokens, prefix = tokens + cache.offset, cache.prefix_length
         for name, told in (("mask", mask), ("bias", bias)):
-            if told is not None and told.shape[-1] != tokens:
+            if told is not None and told.shape[-1] not in (tokens, prefix + tokens):
                 raise ValueError(
                     f"{name} speaks of {told.shape[-1]} keys, but there are {tokens}, cached ones included"
                 )
         if isinstance(cache, MemoryCache):
             cache.fill(k, v, mask)
-        elif cache is not None:
+            return q, cache.keys, cache.values, cache.mask, bias
+        if cache is not None:
             k, v = cache.update(k, v)
-        prefix = k.shape[2] - tokens
-        mask = pad(mask, (prefix, 0), value=True) if prefix and mask is not None else mask
-        bias = pad(bias, (prefix, 0), value=0.0) if prefix and bias is not None else bias
-        return q, k, v, mask, bias
+        return q, k, v, _over_prefix(mask, k.shape[2], True), _over_prefix(bias, k.shape[2], 0.0)
 
     def _heads(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(B, T, H K) to (B, H, T, K), each head's K features normalised if asked."""
         heads = projected.unflatten(-1, (-1, self.head_dim))
         return (heads if norm is None else norm(heads)).transpose(1, 2)
+
+
+def _over_prefix(told: Tensor | None, keys: int, value: bool | float) -> Tensor | None:
+    """A mask or bias of all keys, with `value` for a prefix that it does not speak of."""
+    return told if told is None or told.shape[-1] == keys else pad(told, (keys - told.shape[-1], 0), value=value)

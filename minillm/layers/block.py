@@ -41,23 +41,25 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         *,
+        context: Float[Tensor, "B S1 D"] | None = None,
         mask: Bool[Tensor, "#B #H #T S1"] | None = None,
         causal: bool = False,
         rotation: Rotation | None = None,
-        bias: Float[Tensor, "#B #H #T S1"] | None = None,
+        bias: Float[Tensor, "#B #H #T S3"] | None = None,
         cache: KVCache | None = None,
         memory: Float[Tensor, "B S2 D"] | None = None,
         memory_mask: Bool[Tensor, "#B #H #T S2"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """`memory` is what cross-attention reads, the encoder's output; with a cache only the first call needs it.
+        """`context` is the whole text, which self-attention reads, where x is only some of its positions.
+
+        `memory` is what cross-attention reads, the encoder's output; with a cache only the first call needs it.
 
         The rest is as in `Attention.forward`.
         """
-        x = self._add(
-            x,
-            self.attn_norm,
-            lambda h: self.self_attn(h, mask=mask, causal=causal, rotation=rotation, bias=bias, cache=cache),
-        )
+        if context is not None and self.norm_first:
+            context = self.attn_norm(context)
+        options = {"mask": mask, "causal": causal, "rotation": rotation, "bias": bias, "cache": cache}
+        x = self._add(x, self.attn_norm, lambda h: self.self_attn(h, source=context, **options))
         if self.cross_attn is not None:
             read = None if cache is None else cache.memory
             x = self._add(

@@ -7,6 +7,7 @@ arXiv:2101.00190) enters by the same door as generation does.
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class MemoryCache:
@@ -16,14 +17,26 @@ class MemoryCache:
         self.keys: Tensor | None = None  # (B, G, S, K)
         self.values: Tensor | None = None
         self.mask: Tensor | None = None  # (B, 1, 1, S), True at real positions; None if all are
+        self.prefix: tuple[Tensor, Tensor] | None = None  # learned keys and values, (1, G, P, K) each
+        self.owners: tuple[object, ...] = ()  # of the learned ones
 
     @property
     def filled(self) -> bool:
         """Whether the source has been read."""
         return self.keys is not None
 
+    def prepend(self, owner: object, k: Float[Tensor, "1 G P K"], v: Float[Tensor, "1 G P K"]) -> None:
+        """As KVCache.prepend; the prefix will stand before the source."""
+        if self.filled:
+            raise ValueError(_too_late("a source was read"))
+        self.prefix = (k, v) if self.prefix is None else (_join(k, self.prefix[0]), _join(v, self.prefix[1]))
+        self.owners = (*self.owners, owner)
+
     def fill(self, k: Float[Tensor, "B G S K"], v: Float[Tensor, "B G S K"], mask: Tensor | None) -> None:
         """Keep the source's keys, values and mask."""
+        if self.prefix is not None:
+            k, v = _join(self.prefix[0], k), _join(self.prefix[1], v)
+            mask = None if mask is None else pad(mask, (k.shape[2] - mask.shape[-1], 0), value=True)
         self.keys, self.values, self.mask = k, v, mask
 
     def reorder(self, rows: Int[Tensor, " N"]) -> None:
@@ -52,11 +65,23 @@ class KVCache:
         self.memory = MemoryCache()
         self.keys, self.values = prefix if prefix is not None else (None, None)  # (B, G, capacity, K), filled to length
         self.prefix_length = 0 if prefix is None else prefix[0].shape[2]
+        self.owners: tuple[object, ...] = ()  # of the prefixes that were put in by `prepend`
 
     @property
     def length(self) -> int:
         """How many keys a query can meet, S: the prefix and the tokens so far."""
         return self.prefix_length + self.offset
+
+    def prepend(self, owner: object, k: Float[Tensor, "1 G P K"], v: Float[Tensor, "1 G P K"]) -> None:
+        """Put a learned prefix before all that is here; afterwards `owner` is among the `owners`.
+
+        Raises ValueError if there are tokens already: they were read without it.
+        """
+        if self.offset:
+            raise ValueError(_too_late(f"{self.offset} tokens were read"))
+        self.keys, self.values = (k, v) if self.keys is None else (_join(k, self.keys), _join(v, self.values))
+        self.prefix_length += k.shape[2]
+        self.owners = (*self.owners, owner)
 
     def update(
         self, k: Float[Tensor, "B G T K"], v: Float[Tensor, "B G T K"]
@@ -115,10 +140,20 @@ class KVCache:
             )
 
 
+def _join(prefix: Tensor, keys: Tensor) -> Tensor:
+    """`keys` behind a prefix that takes their batch size and dtype."""
+    return torch.cat([prefix.to(keys.dtype).expand(len(keys), -1, -1, -1), keys], dim=2)
+
+
+def _too_late(what: str) -> str:
+    return f"this cache cannot take a learned prefix: {what} without it; use new caches for every text"
+
+
 class StaticKVCache(KVCache):
     """A KVCache of fixed capacity, allocated once: no growth and the same memory from the first token to the last.
 
-    For generation only: it always writes in place, which autograd forbids. `max_length` counts prompt and new tokens.
+    For generation only: it always writes in place, which autograd forbids. `max_length` counts prompt and new tokens;
+    a learned prefix brings its own room.
     """
 
     def __init__(

@@ -42,8 +42,12 @@ class Encoder(Stack):
         mask: Bool[Tensor, "B T"] | Bool[Tensor, "B T T"] | None = None,
         token_types: Int[Tensor, "B T"] | None = None,
         positions: Int[Tensor, "T"] | Int[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """The same as `forward`, under the name that heads ask of every model."""
+        at: Int[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B _ D"]:
+        """The same as `forward`, under the name that heads ask of every model.
+
+        With `at`, only each row's state at that position, (B, 1, D): the last block computes no other.
+        """
         if token_types is not None and self.embed_types is None:
             raise ValueError("this encoder knows no token types (token_types=0 in its config): leave them out")
-        return self._run(tokens, embeds, mask, positions, token_types=token_types)
+        return self._run(tokens, embeds, mask, positions, token_types=token_types, at=at)

@@ -110,6 +110,14 @@ class Head(nn.Module):
         moved = moved.masked_fill(first, self.config.decoder_start_id)
         return self.body.hidden(tokens, moved, source_mask=mask, mask=mask, **options)
 
+    def _pooled(self, tokens: Tensor | None, mask: Tensor | None, options: dict) -> Tensor:
+        """What stands for the text (B, D). Of an encoder the last block computes only the state that is read."""
+        text = options.get("embeds") if tokens is None else tokens
+        if self.config.kind != "encoder" or self.pooler.pool == "mean" or text is None:
+            return self.pooler(self._states(tokens, mask, options), mask)
+        real = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if mask is None else mask.bool()
+        return self.pooler(self._states(tokens, mask, options | {"at": self.pooler.position(real)}))
+
     @torch.no_grad()
     def _reset(self, *layers: nn.Module | None) -> None:
         for layer in layers:
@@ -169,7 +177,7 @@ class Classifier(Head):
         self, tokens: Int[Tensor, "B T"] | None = None, *, mask: Bool[Tensor, "B T"] | None = None, **options
     ) -> Float[Tensor, "B N"]:
         """A score for each of the N labels."""
-        return self.classifier(self.dropout(self.pooler(self._states(tokens, mask, options), mask)))
+        return self.classifier(self.dropout(self._pooled(tokens, mask, options)))
 
 
 class Tagger(Head):
@@ -223,7 +231,7 @@ class MultipleChoice(Head):
         """A score for each choice; `options` have the choices in their second dimension too."""
         flat = {name: value.flatten(0, 1) for name, value in options.items()}
         flat_mask = None if mask is None else mask.flatten(0, 1)
-        pooled = self.pooler(self._states(tokens.flatten(0, 1), flat_mask, flat), flat_mask)
+        pooled = self._pooled(tokens.flatten(0, 1), flat_mask, flat)
         return self.classifier(self.dropout(pooled)).unflatten(0, tokens.shape[:2]).squeeze(-1)
 
 
@@ -239,7 +247,7 @@ class SentenceEmbedder(Head):
         self, tokens: Int[Tensor, "B T"] | None = None, *, mask: Bool[Tensor, "B T"] | None = None, **options
     ) -> Float[Tensor, "B D"]:
         """The text's vector; compare two by their cosine."""
-        return self.pooler(self._states(tokens, mask, options), mask)
+        return self._pooled(tokens, mask, options)
 
 
 DENSE = {"tanh": torch.tanh, "relu": torch.relu, "gelu": ACTIVATIONS["gelu"]}
@@ -264,10 +272,13 @@ class Pooler(nn.Module):
         if self.pool == "mean":
             real = mask[..., None].to(states.dtype)
             return (states * real).sum(1) / real.sum(1).clamp(min=1)
+        return states[torch.arange(len(states), device=states.device), self.position(mask)]
+
+    def position(self, mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B"]:
+        """Which state of each row stands for it, where it is one: that of the first or of the last real token."""
         order = torch.arange(mask.shape[1], device=mask.device)
         order = order if self.pool == "last" else order.flip(0)
-        found = torch.where(mask, order, -1).argmax(1)  # the last real position, or the first
-        return states[torch.arange(len(states), device=states.device), found]
+        return torch.where(mask, order, -1).argmax(1)
 
 
 def _pooler(config: ModelConfig, head: HeadConfig) -> Pooler:

@@ -1,5 +1,6 @@
 """Looking into a model: where its parameters are, and what its attention heads look at."""
 
+import re
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from minillm.config import nearest
 from minillm.layers import Attention
-from minillm.models.heads import Head
+from minillm.models.heads import Head, MultipleChoice
 
 PARTS = {"self_attn": "attention", "cross_attn": "attention", "relative_positions": "attention", "mlp": "mlp"}
 KINDS = ("self_attn", "cross_attn")
@@ -53,6 +54,11 @@ def attention_maps(
     """
     if options.get("cache") is not None:
         raise ValueError("attention_maps reads a text whole: leave cache out, which would be filled twice")
+    if isinstance(model, Head) and model.config.kind == "encoder":  # a head may ask the last layer for one query only
+        if isinstance(model, MultipleChoice):
+            inputs = [x.flatten(0, 1) for x in inputs]
+            options = {name: x.flatten(0, 1) for name, x in options.items() if x is not None}
+        model = model.body
     attentions = _attentions(model, kind, stack)
     maps: dict[nn.Module, Tensor] = {}
 
@@ -74,7 +80,11 @@ def _attentions(model: nn.Module, kind: str, stack: str | None) -> list[Attentio
     """The attention layers that are asked for, by the names of the modules that hold them."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: did you mean {nearest(kind, KINDS)}?")
-    named = [(name.split("."), module) for name, module in model.named_modules() if isinstance(module, Attention)]
+    named = [
+        (re.sub(r"(\.base)+$", "", name).split("."), module)  # an adapter around it has it as its `base`
+        for name, module in model.named_modules()
+        if isinstance(module, Attention)
+    ]
     stacks = {name for segments, _ in named for name in ("encoder", "decoder") if name in segments}
     if stack is None and stacks:
         stack = "decoder"

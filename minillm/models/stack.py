@@ -77,8 +77,9 @@ class Stack(nn.Module):
         cache: list[KVCache] | None = None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """The final norm's output (B, T, D)."""
+        """The final norm's output (B, T, D), or (B, 1, D) where only the states `at` (B,) are wanted."""
         if (tokens is None) == (embeds is None):
             raise ValueError("give either tokens or embeds")
         _check_bool(mask=mask, memory_mask=memory_mask)
@@ -86,15 +87,18 @@ class Stack(nn.Module):
         positions = self._positions(x, mask, positions, cache)
         x = self._embed(x, positions, token_types)
         shared = self._shared(x, mask, positions, cache)
+        early = at is not None and self.config.positions != "rope"  # the turns are for queries and keys alike
         if memory_mask is not None:
             memory_mask = memory_mask[:, None, None, :]
         for i, layer in enumerate(self.layers):
             arguments = shared(i) | {"memory": memory, "memory_mask": memory_mask}
+            if early and layer is self.layers[-1]:
+                x, arguments = _narrowed(x, at, arguments)
             if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(layer, x, use_reentrant=False, **arguments)
             else:
                 x = layer(x, cache=cache[i] if cache else None, **arguments)
-        return self.norm(x)
+        return self.norm(x if at is None or early else _rows(x, at, dim=1))
 
     def _look_up(self, tokens: Tensor) -> Tensor:
         try:
@@ -157,6 +161,20 @@ class Stack(nn.Module):
         if mask is not None and mask.dim() == 2:
             return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         return torch.arange(offset, offset + length, device=x.device)
+
+
+def _narrowed(x: Tensor, at: Tensor, arguments: dict) -> tuple[Tensor, dict]:
+    """What a block is told of whose outputs only `at` (B,) is read: one query, and the whole text as its context."""
+    told = {"context": x}
+    for name in ("mask", "bias"):  # (B or 1, H or 1, T or 1, S)
+        if arguments[name] is not None and arguments[name].shape[2] > 1:
+            told[name] = _rows(arguments[name], at, dim=2)
+    return _rows(x, at, dim=1), arguments | told
+
+
+def _rows(x: Tensor, at: Tensor, dim: int) -> Tensor:
+    """Entry `at` (B,) of dimension `dim`, which stays."""
+    return x.take_along_dim(at.view(-1, *[1] * (x.dim() - 1)), dim)
 
 
 def _check_bool(**masks: Tensor | None) -> None:

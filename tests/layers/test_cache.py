@@ -181,3 +181,41 @@ def test_reordering_a_cache_reorders_its_memory(make):
     cache.memory.fill(k, v, None)
     cache.reorder(torch.tensor([1, 0]))
     assert torch.equal(cache.memory.keys, k.flip(0)) and torch.equal(cache.memory.values, v.flip(0))
+
+
+@pytest.mark.parametrize("make", [KVCache, lambda: StaticKVCache(B, G, 4, K), lambda: KVCache(pieces(2, seed=3)[0])])
+@torch.no_grad()
+def test_prefixes_put_in_stand_before_all_that_is_there(make):
+    """The last one put in comes first; a static cache keeps room for all its tokens."""
+    cache, steps = make(), pieces(3, 1)
+    given = [pieces(2, seed=3)[0]] if cache.prefix_length else []
+    for owner, length in (("a", 1), ("b", 3)):
+        k, v = (x[:1] for x in pieces(length, seed=length)[0])
+        cache.prepend(owner, k, v)
+        given = [(k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)), *given]
+    assert cache.owners == ("a", "b") and cache.offset == 0
+    for i, (k, v) in enumerate(steps):
+        for got, want in zip(cache.update(k, v), joined([*given, *steps[: i + 1]]), strict=True):
+            assert torch.equal(got, want)
+    assert cache.offset == 4 and cache.length == 4 + sum(k.shape[2] for k, _ in given)
+
+
+def test_a_memory_joins_its_prefix_to_the_source_and_its_mask():
+    memory, (k, v), (pk, pv) = MemoryCache(), pieces(5)[0], pieces(2, seed=1)[0]
+    memory.prepend("a", pk[:1, :, :1], pv[:1, :, :1])
+    memory.prepend("b", pk[:1, :, 1:], pv[:1, :, 1:])
+    assert not memory.filled and memory.owners == ("a", "b")
+    mask = torch.rand(B, 1, 1, 5) > 0.5
+    memory.fill(k, v, mask)
+    assert torch.equal(memory.keys, torch.cat([pk[:1].flip(2).expand(B, -1, -1, -1), k], 2))
+    assert torch.equal(memory.values, torch.cat([pv[:1].flip(2).expand(B, -1, -1, -1), v], 2))
+    assert memory.mask[..., :2].all() and torch.equal(memory.mask[..., 2:], mask)
+
+
+@pytest.mark.parametrize("cache, what", [(KVCache(), "3 tokens were read"), (MemoryCache(), "a source was read")])
+@torch.no_grad()
+def test_a_prefix_that_comes_too_late_is_refused(cache, what):
+    k, v = pieces(3)[0]
+    cache.fill(k, v, None) if isinstance(cache, MemoryCache) else cache.update(k, v)
+    with pytest.raises(ValueError, match=f"{what} without it; use new caches"):
+        cache.prepend("a", k[:1], v[:1])
