@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minillm.generation.next_logits import CausalModel
+from minillm.peft.doors import positions_taken
 
 
 def raise_if(wrong: list[str]) -> None:
@@ -31,7 +32,8 @@ def wrong_input(
     """What is wrong with a prompt and the limits of its continuation, each with what to do about it."""
     check_causal(model)
     wrong = []
-    limit, vocab_size, length = model.config.max_positions, model.config.vocab_size, tokens.shape[-1]
+    vocab_size, length, trained = model.config.vocab_size, tokens.shape[-1], positions_taken(model)
+    limit = model.config.max_positions - trained
     if max_new_tokens < 1:
         wrong.append(f"max_new_tokens={max_new_tokens}: must be at least 1")
     if tokens.dim() != 2 or tokens.numel() == 0:
@@ -39,7 +41,9 @@ def wrong_input(
     elif length + max_new_tokens > limit:
         wrong.append(
             f"prompt of {length} tokens + max_new_tokens={max_new_tokens} make {length + max_new_tokens}, more than "
-            f"the model's max_positions={limit}: {_make_it_fit(length, max_new_tokens, limit)}"
+            f"the model's max_positions={model.config.max_positions}"
+            + (f" less the {trained} of its trained prompt" if trained else "")
+            + f": {_make_it_fit(length, max_new_tokens, limit)}"
         )
     if outside := sorted({i for i in tokens.unique().tolist() if not 0 <= i < vocab_size}):
         wrong.append(

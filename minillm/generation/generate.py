@@ -12,6 +12,7 @@ from minillm.generation.filters import LogitsFilter, apply_filters
 from minillm.generation.next_logits import CausalModel, NextLogits
 from minillm.generation.sampling import Sampler, greedy
 from minillm.layers import KVCache, StaticKVCache
+from minillm.peft.doors import positions_taken
 
 
 def generate(
@@ -53,12 +54,13 @@ def generate_tokens(model: CausalModel, tokens: Tensor, **options) -> Tensor:
 
 
 def static_cache(model: CausalModel, batch_size: int, max_length: int) -> list[StaticKVCache]:
-    """Caches for `generate` with room for max_length = prompt + new tokens, allocated at once.
+    """Caches for `generate` with room for max_length = prompt + new tokens (and a trained prompt), allocated at once.
 
     With memory that never moves the model can be compiled: `model.hidden = torch.compile(model.hidden)`. For the tiny
     Llama of `benchmarks/decode.py` that takes a minute once and then a quarter off the time of every token.
     """
     c, weight = model.config, model.embed_tokens.weight
+    max_length += positions_taken(model)
     return [
         StaticKVCache(batch_size, c.num_kv_heads, max_length, c.head_dim, weight.dtype, weight.device)
         for _ in model.layers

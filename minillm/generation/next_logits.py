@@ -49,7 +49,7 @@ class NextLogits:
         """Raises ValueError if logits are not finite, naming the rows and the module that broke first."""
         self.length += tokens.shape[1]
         mask = None if self.mask is None else self.mask[:, : self.length]
-        source_was_read = self.cache[0].memory.filled
+        before, source_was_read = self.cache[0].offset, self.cache[0].memory.filled
 
         def run() -> Tensor:
             hidden = self.model.hidden(tokens, mask=mask, positions=self.positions, cache=self.cache)
@@ -59,7 +59,7 @@ class NextLogits:
         if not math.isfinite(logits.sum()) and not logits.isfinite().all():
             rows = (~logits.isfinite()).any(-1).nonzero().flatten().tolist()
             for layer_cache in self.cache:  # forget this step, so that it can be run again
-                layer_cache.offset -= tokens.shape[1]
+                layer_cache.offset = before
                 layer_cache.memory = layer_cache.memory if source_was_read else MemoryCache()
             raise ValueError(f"logits of row(s) {rows} are not finite, {first_nonfinite(self.model, run)}")
         self.positions = None if self.positions is None else self.positions[:, -1:] + 1

@@ -26,7 +26,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     Tied weights are stored once. What else a folder should hold, such as the tokenizer, is added by the caller.
     Raises ValueError for a model that its config does not describe, as with an adapter in it: it could not be loaded.
     """
-    _check_described(model)
+    check_described(model)
     with atomic_folder(folder) as temporary:
         save_file(dict(model.named_parameters()), temporary / "model.safetensors", metadata={"format": "pt"})
         described = {
@@ -78,14 +78,16 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _check_described(model: nn.Module) -> None:
+def check_described(model: nn.Module) -> None:
+    """Refuse a model that holds other parameters than its config says, such as adapters or quantized layers."""
     with torch.device("meta"):
         plain = {name: parameter.shape for name, parameter in build_described(_describe(model)).named_parameters()}
     given = {name: parameter.shape for name, parameter in model.named_parameters()}
     if other := [name for name in plain | given if plain.get(name) != given.get(name)]:
         raise ValueError(
             f"the config of this {type(model).__name__} does not describe all that it holds: {', '.join(other[:4])} "
-            "... Fold adapters into the weights first (minillm.peft.merge), or save them alone (save_adapter)"
+            "... Fold adapters into the weights first (minillm.peft.merge), or save them alone (save_adapter); what "
+            "is quantized has no weights to save"
         )
 
 

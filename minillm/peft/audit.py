@@ -10,9 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from minillm.peft.diagnose import Probe, diagnose
+from minillm.peft.linears import coded_values
 from minillm.peft.names import collapse, original_parameters, pattern
 
 REENTRANT = "None of the inputs have requires_grad"  # torch warns so when a checkpointed block will give no gradient
+PARTNERS = (  # end of a parameter's name, and of the one that keeps its gradient at 0 while it is 0 itself
+    ("lora_A", "lora_B"),
+    ("router", "lora_B"),
+    ("lora_embedding_B", "lora_embedding_A"),
+    ("down.weight", "up.weight"),
+    ("down.bias", "up.weight"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Audit:
     probes: tuple[Probe, ...]
     loss: float
     diagnoses: tuple[str, ...]
+    coded: int = 0  # weights that are codes, not parameters
 
     def groups(self) -> list[tuple[str, list[Probe]]]:
         """Parameters of one kind in all layers, as long as the same can be said of them; under a shortened name."""
@@ -41,11 +50,15 @@ class Audit:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        trained = sum(p.count for p in self.probes if p.trainable)
-        lines.append(f"{trained:,} of {sum(p.count for p in self.probes):,} values train; loss {self.loss:.4f}")
+        trained, total = (
+            sum(p.count for p in self.probes if p.trainable),
+            sum(p.count for p in self.probes) + self.coded,
+        )
+        lines.append(f"{trained:,} of {total:,} values train; loss {self.loss:.4f}")
         if any(p.gradient == "B = 0" for p in self.probes):
             lines.append(
-                '"B = 0": a LoRA starts with B = 0, so the gradient of A is exactly 0 in the first step: no fault'
+                '"B = 0": what comes next starts as 0, as a LoRA\'s B does, so this gradient is exactly 0 in the first '
+                "step: no fault"
             )
         return "\n".join([*lines, *(f"! {diagnosis}" for diagnosis in self.diagnoses)])
 
@@ -89,7 +102,7 @@ def audit(
         )
         for name, parameter in original_parameters(model).items()
     )
-    return Audit(probes, loss, tuple(diagnose(model, probes, loss, cut)))
+    return Audit(probes, loss, tuple(diagnose(model, probes, loss, cut)), coded_values(model))
 
 
 def _loss_and_gradients(model: nn.Module, batch: Any, loss_fn: Callable) -> tuple[float, bool]:
@@ -124,5 +137,9 @@ def _gradient(name: str, parameter: Tensor, parameters: dict[str, nn.Parameter])
         return "none"
     if parameter.grad.count_nonzero():
         return "yes"
-    partner = parameters.get(name.removesuffix("lora_A") + "lora_B") if name.endswith("lora_A") else None
-    return "B = 0" if partner is not None and not partner.count_nonzero() else "zero"
+    own, at, adapter = name.partition("@")
+    for end, partner in PARTNERS:
+        other = parameters.get(own.removesuffix(end) + partner + at + adapter) if own.endswith(end) else None
+        if other is not None and not other.count_nonzero():
+            return "B = 0"
+    return "zero"

@@ -61,8 +61,15 @@ def enter(model: nn.Module, name: str, gate: Gate) -> None:
             "tune the model first, and compile it afterwards"
         )
     taken = sum(key.partition("_")[0] == gate.leaf for key in module._modules)
-    module.add_module(gate.leaf if not taken else f"{gate.leaf}_{taken + 1}", gate)
+    module.add_module(gate.leaf if not taken else f"{gate.leaf}_{taken + 1}", gate.train(module.training))
     module.hidden = Door(module)
+
+
+def reopen(module: nn.Module) -> None:
+    """Make `hidden` go through the gates that are there now, after they were put back or taken away by hand."""
+    vars(module).pop("hidden", None)
+    if gates(module):
+        module.hidden = Door(module)
 
 
 def leave(module: nn.Module) -> list[Gate]:
@@ -82,4 +89,6 @@ def gates(module: nn.Module) -> list[Gate]:
 
 def positions_taken(model: nn.Module) -> int:
     """How many of the positions that `model` has for its text its gates use up, such as a prompt's."""
-    return sum(gate.positions for gate in gates(model))
+    reader = model._modules.get("model") or model  # an encoder-decoder whose source is fixed
+    reader = reader._modules.get("decoder") or reader
+    return sum(gate.positions for gate in gates(reader))

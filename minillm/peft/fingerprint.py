@@ -21,7 +21,6 @@ def fingerprint(model: nn.Module, tuning: Tuning) -> str:
     originals = {
         (id(slot.module), slot.leaf): slot.before
         for other in reversed(tunings_of(model).values())
-        if other.name not in tuning.under
         for slot in other.slots
     }
     for name, _, module, adapter in places(model):
@@ -35,8 +34,8 @@ def fingerprint(model: nn.Module, tuning: Tuning) -> str:
                     named[join(name, leaf)] = parameter
         passing = module._non_persistent_buffers_set
         named |= {join(name, leaf): b for leaf, b in module.named_buffers(recurse=False) if leaf not in passing}
-    for other in tuning.under:
-        named |= {f"{name}@{other}": p for name, p in tunings_of(model)[other].parameters().items()}
+    for place, other in enumerate(tuning.under):  # by place, not by name: it may be loaded under another one
+        named |= {f"{name}@{place}": p for name, p in tunings_of(model)[other].parameters().items()}
     return digest(named)
 
 

@@ -1,4 +1,4 @@
-"""Tuning without adapters: all of the model, or some of it. The trained weights replace the base's own."""
+"""Tuning without adapters: all of the model, or copies of some of its weights."""
 
 import dataclasses
 import re
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from minillm.peft.linears import is_quantized
 from minillm.peft.method import Method, Plan, refuse
-from minillm.peft.names import base_modules, base_parameters, find, join, names_of, ties_across
+from minillm.peft.names import base_modules, base_parameters, collapse, find, join, names_of, ties_across
 from minillm.peft.targets import parameters_in
 
 
@@ -24,7 +25,10 @@ class FullConfig(Method):
 
     def plan(self, model: nn.Module) -> Plan:
         parameters = {name: p for name, p in parameters_in(model, [""]).items() if p.is_floating_point()}
-        refuse([] if parameters else ["it has no parameters"], f"nothing to tune in this {type(model).__name__}:")
+        problems = [] if parameters else ["it has no parameters"]
+        if coded := [name for name, _, module in base_modules(model) if is_quantized(module)]:
+            problems.append(f"{', '.join(collapse(coded))}: quantized weights cannot train; tune the model from before")
+        refuse(problems, f"full tuning does not fit this {type(model).__name__}, which is unchanged:")
         return _plan(("the whole model",), parameters)
 
     def install(self, model: nn.Module, plan: Plan) -> None:
@@ -59,7 +63,7 @@ class PartialConfig(Method):
         if type(self.last) is not int or self.last < 0:
             problems.append(f"last: a number of layers, 0 or more, not {self.last!r}")
         try:
-            re.compile(self.pattern)
+            re.compile(self.pattern if isinstance(self.pattern, str) else None)  # bytes would fit no name
         except (re.error, TypeError) as error:
             problems.append(f"pattern: {self.pattern!r} is no regular expression: {error}")
         refuse(problems, "PartialConfig:")
@@ -86,7 +90,8 @@ class PartialConfig(Method):
 
     def _last_layers(self, modules: Mapping[str, nn.Module], problems: list[str]) -> list[str]:
         """The names of the last layers of every stack."""
-        stacks = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)] if self.last else []
+        lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)] if self.last else []
+        stacks = [name for name in lists if not any(name.startswith(f"{outer}.") for outer in lists)]
         chosen = []
         for name in stacks:
             if self.last > len(modules[name]):

@@ -5,8 +5,10 @@ The layout is Hugging Face peft's (adapter_config.json, adapter_model.safetensor
 config in our own words, which is the one we read where it is there.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,39 +20,50 @@ from minillm.config import from_dict, to_dict
 from minillm.files import atomic_folder, read_json, sha256_file, write_json
 from minillm.peft.fingerprint import fingerprint
 from minillm.peft.method import Method, Plan, refuse
+from minillm.peft.methods import METHODS
 from minillm.peft.names import DEFAULT, original_parameters
 from minillm.peft.record import Tuning, choose, record_of, tunings_of
-from minillm.peft.tune import METHODS, Report, activate, taken, tune
+from minillm.peft.switch import activate
+from minillm.peft.tune import Report, taken, tune
 
 FORMAT = 1  # raised when an older minillm could not read what a newer one writes
 WEIGHTS, PEFT_CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "minillm.json"
 
 
-def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None, *, base: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    base: str | None = None,
+    beside: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write what an adapter trains to `folder`, whole or not at all; an older one there is replaced.
 
     `name` says which adapter, where the model has several. `base` says for people, and for peft, where the base model
-    is to be found. Raises ValueError when the model is not tuned, is merged, or has had parameters frozen or unfrozen
-    by hand, which loading could not repeat.
+    is to be found. `beside` are further JSON files to lie in the folder, by name. Raises ValueError when the model is
+    not tuned, is merged, or has had parameters frozen or unfrozen by hand, which loading could not repeat.
     """
     tuning = choose(model, name, "save")
     refuse(_unsaveable(model, tuning), "this model cannot be saved as an adapter:")
+    config, tensors = tuning.config.saved_as(tuning)
+    plan = dataclasses.replace(tuning.plan, parameters=tensors)
     with atomic_folder(folder) as temporary:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in tuning.parameters().items()}
-        tensors = tuning.config.to_peft_tensors(tuning.plan, tensors)
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        described = {"peft_type": tuning.config.peft_type, "base_model_name_or_path": base, "task_type": None}
-        described |= {"inference_mode": True} | tuning.config.to_peft(tuning.plan)
-        write_json(temporary / PEFT_CONFIG, described)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(config.to_peft_tensors(plan, tensors), temporary / WEIGHTS, metadata={"format": "pt"})
+        described = {"peft_type": config.peft_type, "base_model_name_or_path": base, "task_type": None}
+        write_json(temporary / PEFT_CONFIG, described | {"inference_mode": True} | config.to_peft(plan))
         own = {
             "format": FORMAT,
-            "method": tuning.config.name,
-            "config": to_dict(tuning.config),
+            "method": config.name,
+            "config": to_dict(config),
             "base_fingerprint": fingerprint(model, tuning),
+            "under": list(tuning.under),
             "tokenizer_fingerprint": _tokenizer(model),
             "weights_sha256": sha256_file(temporary / WEIGHTS),
         }
-        write_json(temporary / OWN_CONFIG, own)
+        for file, content in {OWN_CONFIG: own, **beside}.items():
+            write_json(temporary / file, content)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT, *, check_base: bool = True) -> Report:
@@ -74,17 +87,32 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT, *, c
     if plan is not None:
         tensors = config.from_peft_tensors(plan, tensors)
         under, fits = _stand(model, config, plan, own.get("base_fingerprint"))
-        if own and check_base and not fits:
+        below = own.get("under") or []
+        if own and not fits and below and (lacking := [name for name in below if name not in tunings_of(model)]):
+            problems.append(
+                f"it was trained on top of the adapter(s) {', '.join(map(repr, lacking))}: load those first, by these "
+                "names, and activate them"
+            )
+        elif own and not fits and check_base:
             problems.append(
                 "it was trained on a base with other weights: give that one (in Python, check_base=False uses this)"
             )
+        elif not fits and below:
+            under = tuple(below)
         problems += _misfits(plan, tensors)
     if own.get("tokenizer_fingerprint") and _tokenizer(model) not in (None, own["tokenizer_fingerprint"]):
         problems.append("it was trained with another tokenizer than this model's")
     refuse(problems, f"the adapter in {folder} does not fit this {type(model).__name__}, which is unchanged:")
+    trained = [other for other, tuning in tunings_of(model).items() if tuning.trains]
+    active = before.active if before else ()
     if before is not None:
         activate(model, *under)
-    report = tune(model, config, name)
+    try:
+        report = tune(model, config, name)
+    except BaseException:
+        if before is not None:
+            activate(model, *active, train=trained)
+        raise
     with torch.no_grad():
         for key, parameter in tunings_of(model)[name].parameters().items():
             parameter.copy_(tensors[key])
@@ -97,8 +125,8 @@ def _stand(model: nn.Module, config: Method, plan: Plan, saved: str | None) -> t
     active = record.active if record else ()
     for under in dict.fromkeys((active, ())):
         if saved is None or fingerprint(model, Tuning("", config, plan, under)) == saved:
-            return (() if saved is None else under), saved is not None
-    return (), False
+            return (config.stands_on if saved is None else under), saved is not None
+    return config.stands_on, False
 
 
 def _unsaveable(model: nn.Module, tuning: Tuning) -> list[str]:
@@ -127,13 +155,15 @@ def _config(model: nn.Module, folder: Path) -> tuple[Method, dict[str, Any]]:
     path = folder / OWN_CONFIG
     own = read_json(path)
     _choose(path, {FORMAT: None}, own, "format")
+    if own.get("names") == "transformers":
+        raise ValueError(f"{folder} has the names of a transformers model: load it by minillm.load_hf_adapter")
     return from_dict(_choose(path, METHODS, own, "method"), own.get("config"), where=f"{path}: config."), own
 
 
 def _choose(path: Path, known: Mapping[Any, Any], fields: Any, key: str) -> Any:
     """known[fields[key]], or an error saying what this minillm reads."""
     value = fields.get(key) if isinstance(fields, dict) else fields
-    if value not in known:
+    if not isinstance(value, str | int) or value not in known:
         raise ValueError(f"{path} has {key} {value!r}; this minillm reads {', '.join(map(str, known))}")
     return known[value]
 

@@ -1,5 +1,7 @@
 """What counts as a linear layer: torch's, the transposed one of the Hub's GPT-2, and a quantized one."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,11 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_quantized(module: nn.Module) -> bool:
     """Whether it is a linear layer that holds codes instead of numbers."""
     return hasattr(module, "dequantized") and hasattr(module, "in_features")
+
+
+def coded_values(model: nn.Module) -> int:
+    """How many weights the quantized layers of a model stand for: they are no parameters any more."""
+    return sum(math.prod(features(module)) for module in model.modules() if is_quantized(module))
 
 
 def features(layer: nn.Module) -> tuple[int, int]:

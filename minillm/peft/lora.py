@@ -3,19 +3,20 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minillm.peft import patterns
 from minillm.peft.linears import adapter_dtype, features, is_linear
 from minillm.peft.lora_embedding import LoRAEmbedding
 from minillm.peft.lora_linear import LoRALinear, rank_problem
 from minillm.peft.method import PREFIX, AdapterConfig, Plan, refuse
 from minillm.peft.names import base_modules, names_of, original_modules
 from minillm.peft.replace import wrap_modules
-from minillm.peft.targets import ALL_LINEAR, find_targets
+from minillm.peft.targets import ALL_LINEAR, find_targets, without_doubles
 
 PEFT_BOOKKEEPING = (  # fields of adapter_config.json that change no number by themselves
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -25,8 +26,6 @@ PEFT_BOOKKEEPING = (  # fields of adapter_config.json that change no number by t
 LINEAR_LEAVES = ("lora_A", "lora_B")
 EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 
-Value = TypeVar("Value")
-
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(AdapterConfig):
@@ -35,7 +34,7 @@ class LoraConfig(AdapterConfig):
     A target is the end of a module's path, whole segments ("q_proj", "mlp.up_proj"), or "all-linear": every linear
     layer but the output head. Trainable values: R * (Din + Dout), summed over the layers; an embedding has Din = V.
     `rank_pattern` and `alpha_pattern` give some targets a value of their own: (("v_proj", 4),) or {"v_proj": 4}, on the
-    command line lora.rank_pattern=v_proj:4,k_proj:2.
+    command line lora.rank_pattern=v_proj:4,k_proj:2. A target's whole path goes before ends of it.
     `trainable` names modules that train in full beside the adapters and are saved with them, such as a new head.
     """
 
@@ -57,7 +56,7 @@ class LoraConfig(AdapterConfig):
         problems = super()._problems()
         object.__setattr__(self, "targets", names_of("targets", self.targets, problems))
         for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, _pairs(name, getattr(self, name), problems))
+            object.__setattr__(self, name, patterns.pairs_of(name, getattr(self, name), problems))
         for name, value in (("rank", self.rank), *self.rank_pattern):
             if type(value) is not int or value < 1:
                 problems.append(f"{name}: a rank is a whole number, at least 1, not {value!r}")
@@ -73,7 +72,7 @@ class LoraConfig(AdapterConfig):
         return problems
 
     def plan(self, model: nn.Module) -> Plan:
-        patterns = {name: [key for key, _ in getattr(self, name)] for name in ("rank_pattern", "alpha_pattern")}
+        keys = {name: [key for key, _ in getattr(self, name)] for name in ("rank_pattern", "alpha_pattern")}
         found = find_targets(
             model,
             self.targets,
@@ -81,8 +80,8 @@ class LoraConfig(AdapterConfig):
             method="LoRA",
             kind=lambda module: is_linear(module) or is_embedding(module),
             kind_name="linear or embedding layer",
-            fits=lambda name, layer: rank_problem(self._rank(name), *_sizes(layer)),
-            among=patterns,
+            fits=lambda name, layer: self._ambiguous(name) or rank_problem(self._rank(name), *_sizes(layer)),
+            among=keys,
         )
         parameters = {}
         for name, layer in found.layers.items():
@@ -91,14 +90,13 @@ class LoraConfig(AdapterConfig):
             leaf_a, leaf_b = EMBEDDING_LEAVES if is_embedding(layer) else LINEAR_LEAVES
             parameters[f"{name}.{leaf_a}"] = torch.empty(rank, size_in, **like)
             parameters[f"{name}.{leaf_b}"] = torch.empty(size_out, rank, **like)
-        parameters |= {name: torch.empty_like(parameter, device="meta") for name, parameter in found.whole.items()}
-        return Plan(found.names, found.roots, parameters)
+        return found.plan(parameters)
 
     def install(self, model: nn.Module, plan: Plan) -> None:
         layers = {name: layer for name, _, layer in base_modules(model)}
 
         def make(name: str, base: nn.Module) -> LoRALinear | LoRAEmbedding:
-            rank, alpha = self._rank(name), _value(self.alpha_pattern, name, self.alpha)
+            rank, alpha = self._rank(name), patterns.value_of(self.alpha_pattern, name, self.alpha)
             if is_embedding(layers[name]):
                 return LoRAEmbedding(base, rank, alpha, rslora=self.rslora)
             return LoRALinear(base, rank, alpha, dropout=self.dropout, rslora=self.rslora)
@@ -106,7 +104,12 @@ class LoraConfig(AdapterConfig):
         wrap_modules(model, plan.adapted, make)
 
     def _rank(self, name: str) -> int:
-        return _value(self.rank_pattern, name, self.rank)
+        return patterns.value_of(self.rank_pattern, name, self.rank)
+
+    def _ambiguous(self, name: str) -> str | None:
+        """Why the patterns do not say one rank and one alpha, if so."""
+        whys = {field: patterns.ambiguous(getattr(self, field), name) for field in ("rank_pattern", "alpha_pattern")}
+        return "; ".join(f"{field}: {why}" for field, why in whys.items() if why) or None
 
     def to_peft(self, plan: Plan) -> dict[str, Any]:
         targets = plan.adapted if ALL_LINEAR in self.targets else self.targets  # peft knows other heads than we do
@@ -116,8 +119,8 @@ class LoraConfig(AdapterConfig):
             "target_modules": list(targets),
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
+            "rank_pattern": patterns.to_peft(self.rank_pattern),
+            "alpha_pattern": patterns.to_peft(self.alpha_pattern),
             "modules_to_save": list(plan.whole) or None,  # peft looks at the end of the text, not of the path
             "bias": "none",
             "fan_in_fan_out": False,  # peft sees a Conv1D by itself
@@ -141,40 +144,27 @@ class LoraConfig(AdapterConfig):
         targets, saved = rest.pop("target_modules", None) or (), rest.pop("modules_to_save", None) or ()
         names = dict.fromkeys(name for name, _, _ in original_modules(model))
         ends = {end: [name for name in names if name.endswith(end)] for end in saved}  # "norm" is "attn_norm" too
+        # peft writes "classifier" and "score" for every classifier, whichever of them there is
         if isinstance(targets, str) and targets != ALL_LINEAR:  # peft reads a text as a regular expression
             names = dict.fromkeys(name for name, _, module in original_modules(model) if is_linear(module))
             targets = [name for name in names if re.fullmatch(targets, name)]
+        targets = (targets,) if isinstance(targets, str) else tuple(without_doubles(targets))
+        ranks, alphas = (patterns.from_peft(rest.pop(f"{x}_pattern", None), names, targets) for x in ("rank", "alpha"))
         config = {
             "rank": rest.pop("r", 8),
             "alpha": float(rest.pop("lora_alpha", 8)),
-            "targets": (targets,) if isinstance(targets, str) else tuple(targets),
+            "targets": targets,
             "dropout": float(rest.pop("lora_dropout", 0.0)),
             "rslora": bool(rest.pop("use_rslora", False)),
-            "rank_pattern": tuple((rest.pop("rank_pattern", None) or {}).items()),
-            "alpha_pattern": tuple((k, float(v)) for k, v in (rest.pop("alpha_pattern", None) or {}).items()),
-            "trainable": tuple(name for end in saved for name in ends[end] or [end]),
+            "rank_pattern": ranks,
+            "alpha_pattern": {key: float(alpha) for key, alpha in alphas.items()},
+            "trainable": tuple(name for end in saved for name in ends[end] or ([] if any(ends.values()) else [end])),
         }
         if rest.get("init_lora_weights") in (True, False, "gaussian"):  # the others change the base as well
             rest.pop("init_lora_weights")
         unknown = [f"{name} = {value!r}" for name, value in rest.items() if value and value != "none"]
         refuse(unknown, "the adapter needs what this LoRA cannot do:")
         return cls(**config)
-
-
-def _pairs(name: str, value: Any, problems: list[str]) -> tuple[tuple[str, Any], ...]:
-    """A pattern as a tuple of pairs, from that or a dict; what is neither is a problem."""
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
-    if isinstance(pairs, list | tuple) and all(
-        isinstance(p, list | tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
-    ):
-        return tuple((target, number) for target, number in pairs)
-    problems.append(f'{name}: targets with a number each, such as {{"v_proj": 4}}, not {value!r}')
-    return ()
-
-
-def _value(pairs: Sequence[tuple[str, Value]], name: str, default: Value) -> Value:
-    """The value of the first pair whose key is the end of `name`."""
-    return next((value for key, value in pairs if f".{name}".endswith(f".{key}")), default)
 
 
 def is_embedding(module: nn.Module) -> bool:

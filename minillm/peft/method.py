@@ -47,6 +47,8 @@ class Method(abc.ABC):
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""  # of the trainable values
     cannot_merge: ClassVar[str] = ""  # why not; empty where every wrapper can be folded into its base
+    stacks: ClassVar[str] = "any"  # with which methods it can be on one model
+    hub_type: ClassVar[str] = ""  # peft's word where it can read an export that is not how we save
     start: ClassVar[str] = ""  # why a model does not compute at the start what it computed before; empty if it does
     keeps_base: ClassVar[bool] = True  # False: it trains the base's own parameters, and nobody has a copy
     changes_base: ClassVar[bool] = False  # True: installing replaces frozen weights, such as by quantized ones
@@ -59,9 +61,32 @@ class Method(abc.ABC):
     def install(self, model: nn.Module, plan: Plan) -> None:
         """Insert what `plan` asks for. What it trains in place need not be copied: `tune` does that."""
 
-    def penalty(self, model: nn.Module, mask: Tensor | None) -> Tensor | None:
-        """What the method adds to the loss; `mask` (B, T) is True at real tokens. None: nothing."""
+    def penalty(self, tuning: Any, mask: Tensor | None) -> Tensor | None:
+        """What an adapter (its `record.Tuning`) adds to the loss; `mask` (B, T): True at real tokens. None: nothing."""
         return None
+
+    @property
+    def callback(self) -> str:
+        """The callback of `minillm.training` without which training would not do what the method says."""
+        return ""
+
+    @property
+    def positions(self) -> int:
+        """How many of a model's positions it takes from the text."""
+        return 0
+
+    @property
+    def stands_on(self) -> tuple[str, ...]:
+        """The names of other adapters that it cannot do without."""
+        return ()
+
+    def saved_as(self, tuning: Any) -> tuple["Method", dict[str, Tensor]]:
+        """The config and the tensors that stand for a trained adapter (a `record.Tuning`) in its file: its own."""
+        return self, {name: parameter.detach() for name, parameter in tuning.parameters().items()}
+
+    def flatten(self, model: nn.Module, tuning: Any) -> None:
+        """Put what a network of the adapter computes in the network's place; see `tune.flatten`."""
+        raise ValueError(f"{tuning.name!r} is {self}: it has no network that makes its vectors, so it is flat")
 
     def to_peft(self, plan: Plan) -> dict[str, Any]:
         """The fields of adapter_config.json that Hugging Face peft needs, where it knows the method."""
@@ -102,6 +127,8 @@ class AdapterConfig(Method):
 
 def num_parameters(config: Method, model: nn.Module) -> int:
     """How many values `config` would train in `model`, by formula: nothing is built."""
+    if not isinstance(config, Method):
+        raise ValueError(f"num_parameters(config, model) takes a config such as LoraConfig() first, not {config!r}")
     return config.plan(model).count
 
 

@@ -168,8 +168,9 @@ def find(
     for target in targets:
         if not any(target in by for by in found.values()):
             ends = dict.fromkeys(name.rpartition(".")[2] for name in (suggest or names))
-            guess = nearest(target.rpartition(".")[2], [end for end in ends if not end.isdigit()])
-            problems.append(f"{target!r} matches no {what}; did you mean {guess}?")
+            ends = [end for end in ends if not end.isdigit()]
+            hint = f"; did you mean {nearest(target.rpartition('.')[2], ends)}?" if ends else ""
+            problems.append(f"{target!r} matches no {what}{hint}")
     return [name for name in names if found[name]]
 
 

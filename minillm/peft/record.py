@@ -10,27 +10,14 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from minillm.peft.doors import enter, leave
+from minillm.peft.linears import adapter_dtype, device_of
 from minillm.peft.method import Method, Plan
-from minillm.peft.names import Gate, Wrapper, every_parameter, join, places
+from minillm.peft.names import Gate, Wrapper, base_modules, every_parameter, join, places
 from minillm.peft.replace import replace_modules, wrap_modules
+from minillm.peft.slots import Slot, move
 
 # a wrapper that was merged, the module that took its place, and that module's tensors from before
 Folded = tuple[Wrapper, nn.Module, dict[str, Tensor]]
-
-
-@dataclasses.dataclass
-class Slot:
-    """A parameter of the base that an adapter has its own copy of."""
-
-    name: str
-    module: nn.Module
-    leaf: str
-    own: nn.Parameter
-    before: nn.Parameter | None  # None: the base has no parameter there
-
-    def put(self, own: bool) -> None:
-        """Let the model hold the adapter's parameter, or the one from before."""
-        setattr(self.module, self.leaf, self.own if own else self.before)
 
 
 @dataclasses.dataclass
@@ -46,7 +33,14 @@ class Tuning:
     slots: list[Slot] = dataclasses.field(default_factory=list)
     active: bool = True
     trains: bool = True
+    stopped: tuple[str, ...] = ()  # the adapters that trained until this one was added, and will again without it
     fingerprint: str | None = None  # of the base, where the method changed it
+
+    @property
+    def layers(self) -> dict[str, Wrapper]:
+        """Its wrappers once each, under the first name of the layer that they stand around."""
+        first = {id(wrapper): name for name, wrapper in reversed(self.wrappers)}
+        return {name: wrapper for name, wrapper in self.wrappers if first[id(wrapper)] == name}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What it trains, by the names of its plan."""
@@ -96,8 +90,8 @@ def choose(model: nn.Module, name: str | None, act: str) -> Tuning:
     if name is None and len(tunings) == 1:
         return next(iter(tunings.values()))
     if name not in tunings:
-        asked = f"there is no adapter {name!r} to {act}" if name is not None else f"which adapter is to {act}?"
-        raise ValueError(f"{asked} The model has {', '.join(map(repr, tunings))}")
+        asked = f"there is no adapter {name!r} to {act}" if name is not None else f"which adapter to {act}?"
+        raise ValueError(f"{asked.removesuffix('?')}: the model has {', '.join(map(repr, tunings))}")
     return tunings[name]
 
 
@@ -152,6 +146,7 @@ def _take_all_out(model: nn.Module, record: Record) -> None:
 
 
 def _put_in(model: nn.Module, tuning: Tuning) -> None:
+    follow(model, tuning)
     wrappers = dict(tuning.wrappers)
 
     def wrap(name: str, module: nn.Module) -> Wrapper:
@@ -163,6 +158,19 @@ def _put_in(model: nn.Module, tuning: Tuning) -> None:
         enter(model, name, gate)
     for slot in tuning.slots:
         slot.put(own=True)
+
+
+def follow(model: nn.Module, tuning: Tuning) -> None:
+    """Bring an adapter that is out of the model to where the layers that it adapts are by now."""
+    layers = {name: own for name, _, own in base_modules(model)}
+    for name, module in (*tuning.wrappers, *tuning.gates):
+        if not any(True for _ in layers[name].parameters()):
+            continue
+        device, dtype = device_of(layers[name]), adapter_dtype(layers[name])
+        for leaf, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not (isinstance(module, Wrapper) and leaf.startswith("base.")):
+                parameter = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+                move(tensor, device, dtype if parameter else tensor.dtype)
 
 
 def _require(parameter: nn.Parameter, requires: bool) -> None:

@@ -1,10 +1,13 @@
 """Putting a module in another one's place: how adapters enter a model that knows nothing of them."""
 
 from collections.abc import Callable, Collection
+from typing import TypeVar
 
 from torch import nn
 
 from minillm.peft.names import Wrapper, original_modules, places
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def replace_modules(
@@ -20,13 +23,14 @@ def replace_modules(
     Example: `replace_modules(model, lambda name, m: isinstance(m, nn.GELU), lambda name, m: nn.ReLU())`
     """
     made: dict[int, nn.Module] = {}
+    known = {id(module) for module in model.modules()}
     names: dict[str, str] = {}  # path -> original path of what is replaced
     modules: dict[str, nn.Module] = {}
     for name, path, module in original_modules(model):
         parents = (path[:i] for i, letter in enumerate(path) if letter == ".")
         if path and not any(parent in names for parent in parents) and match(name, module):
             if id(module) not in made:
-                made[id(module)] = make(name, module).train(module.training)
+                made[id(module)] = _in_mode(make(name, module), module.training, known)
             names[path], modules[path] = name, made[id(module)]
     for path, module in modules.items():
         parent, _, segment = path.rpartition(".")
@@ -50,10 +54,19 @@ def wrap_modules(
         if name in names and path not in inside and (not adapter or isinstance(module, Wrapper)):
             found[path] = name, module
     made: dict[int, Wrapper] = {}
+    known = {id(module) for module in model.modules()}
     for name, module in found.values():
         if id(module) not in made:
-            made[id(module)] = make(name, module).train(module.training)
+            made[id(module)] = _in_mode(make(name, module), module.training, known)
     for path in sorted(found, key=lambda path: -path.count(".")):  # what is inside first: paths outside stay true
         parent, _, segment = path.rpartition(".")
         setattr(model.get_submodule(parent), segment, made[id(found[path][1])])
     return [(name, made[id(module)]) for name, module in found.values()]
+
+
+def _in_mode(new: Module, training: bool, known: Collection[int]) -> Module:
+    """`new` in training or eval mode, but for what in it was in the model already: that keeps its own."""
+    for module in new.modules():
+        if id(module) not in known:
+            module.training = training
+    return new

@@ -1,12 +1,13 @@
 """Which layers a method adapts: its targets against a model's layers, with every problem in one error."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from minillm.peft.linears import is_linear
-from minillm.peft.method import refuse
+from minillm.peft.method import Plan, refuse
 from minillm.peft.names import (
     base_modules,
     base_parameters,
@@ -31,6 +32,11 @@ class Found:
     roots: tuple[str, ...]
     whole: Mapping[str, nn.Parameter]
 
+    def plan(self, parameters: Mapping[str, Tensor]) -> Plan:
+        """The plan to train `parameters`, those of the adapters, and the whole modules beside them."""
+        beside = {name: torch.empty_like(parameter, device="meta") for name, parameter in self.whole.items()}
+        return Plan(self.names, self.roots, {**parameters, **beside})
+
 
 def find_targets(
     model: nn.Module,
@@ -45,9 +51,10 @@ def find_targets(
 ) -> Found:
     """The layers of `model` that `targets` name, and the modules `trainable`; one ValueError lists all that is wrong.
 
-    A target is the end of a path, whole segments, or "all-linear": every linear layer but an output head. `kind` says
-    which modules count, `fits(name, layer)` why one of them cannot be adapted (None: it can). `among` are further
-    names, by field of the config, each of which must mean one of the targets. `method` begins the error's first line.
+    A target is the end of a path, whole segments, or "all-linear": every linear layer but an output head. Two that mean
+    one module are refused: one of them is a mistake, or does nothing. `kind` says which modules count, `fits(name,
+    layer)` why one of them cannot be adapted (None: it can). `among` are further names, by field of the config, each of
+    which must mean one of the targets. `method` begins the error's first line.
     """
     problems: list[str] = []
     modules = {name: (outer, own) for name, outer, own in base_modules(model)}
@@ -86,6 +93,11 @@ def together(problems: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{', '.join(collapse(names))}: {problem}" for problem, names in about.items()]
 
 
+def without_doubles(targets: Sequence[str]) -> list[str]:
+    """The same modules by fewer targets: without those that end in another one, which peft allows."""
+    return [target for target in targets if not any(target.endswith(f".{other}") for other in targets)]
+
+
 def _names(modules: Mapping, layers: Mapping, targets: tuple[str, ...], problems: list[str], kind: str) -> list[str]:
     if "" in layers:
         problems.append(
@@ -93,11 +105,24 @@ def _names(modules: Mapping, layers: Mapping, targets: tuple[str, ...], problems
             'nn.Sequential(layer), with the target "0"'
         )
         return []
-    names = find(modules, [t for t in targets if t != ALL_LINEAR], problems, "module", suggest=layers)
-    if ALL_LINEAR in targets:
-        linears = [name for name, layer in layers.items() if is_linear(layer)]
-        names += [name for name in linears if name not in names and name.rpartition(".")[2] not in HEADS]
-    return [name for name in modules if name in set(names)]
+    find(modules, [t for t in targets if t != ALL_LINEAR], problems, "module", suggest=layers)
+    meant = {name: [t for t in targets if _means(t, name, layers.get(name))] for name in modules}
+    problems += together(_doubly(meant, modules))
+    return [name for name in modules if meant[name]]
+
+
+def _means(target: str, name: str, layer: nn.Module | None) -> bool:
+    if target == ALL_LINEAR:
+        return layer is not None and is_linear(layer) and name.rpartition(".")[2] not in HEADS
+    return f".{name}".endswith(f".{target}")
+
+
+def _doubly(meant: Mapping[str, list[str]], modules: Mapping) -> Iterator[tuple[str, str]]:
+    """(name, which targets mean it); a target that is the whole path of another module is meant for that one."""
+    for name, targets in meant.items():
+        targets = [target for target in targets if target == name or target not in modules]
+        if len(targets) > 1:
+            yield name, f"is meant by {' and '.join(map(repr, targets))}; leave one out"
 
 
 def _misfits(model, names, modules, layers, whole, kind_name, fits) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Floor 4: the training loop. It knows a loss function and callbacks, not models and not metrics."""
 
+from minillm.later import later
 from minillm.training.callbacks import Callback, EarlyStopping, Evaluate, ProgressBar
 from minillm.training.checkpoint import list_checkpoints, load_checkpoint
 from minillm.training.config import TrainConfig
@@ -24,6 +25,8 @@ from minillm.training.schedule import lr_at
 from minillm.training.signals import Interrupted
 from minillm.training.trainer import Trainer
 
+__getattr__ = later(__name__, {"RankGrowth": "rank_growth"})
+
 __all__ = [
     "Callback",
     "DistillationLoss",
@@ -32,6 +35,7 @@ __all__ = [
     "Interrupted",
     "Loss",
     "ProgressBar",
+    "RankGrowth",
     "Records",
     "TrainConfig",
     "Trainer",

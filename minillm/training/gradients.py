@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from minillm.peft import auxiliary_loss
 from minillm.training.config import TrainConfig
 from minillm.training.distributed import sum_over_processes, world
 from minillm.training.losses import Loss
@@ -31,14 +32,22 @@ class StepResult(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """A model whose output is its loss: so DDP and compile work on the loss, whatever it calls of the model."""
+    """A model whose output is its loss: so DDP and compile work on the loss, whatever it calls of the model.
+
+    What a tuning method adds to the loss, such as a balance of experts, is added to every loss function's, so that no
+    loss function can forget it; the log has it as `penalty`.
+    """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Mapping[str, Tensor]], Loss]):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
 
     def forward(self, batch: Mapping[str, Tensor]) -> Loss:
-        return self.loss_fn(self.model, batch)
+        loss = self.loss_fn(self.model, batch)
+        penalty = auxiliary_loss(self.model, batch.get("mask"))
+        if penalty is None or not isinstance(loss, Loss):
+            return loss
+        return Loss(loss.value + penalty, loss.weight, {**loss.metrics, "penalty": penalty.detach()})
 
 
 class Gradients:

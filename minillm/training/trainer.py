@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from minillm.peft import tunings_of
 from minillm.training import checkpoint, state
 from minillm.training.callbacks import Callback
 from minillm.training.config import TrainConfig
@@ -51,6 +52,7 @@ class Trainer:
         _check_loader(loader)
         self.config, self.run_dir, self.loader = config, Path(run_dir), loader
         self.callbacks, self.identity = tuple(callbacks), json.loads(json.dumps(identity or {}))  # as it will be saved
+        _check_callbacks(model, self.callbacks)
         self.device = pick_device(config.device)
         self.model = model.to(self.device)
         if config.gradient_checkpointing:
@@ -207,6 +209,18 @@ class Trainer:
     def _call(self, event: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *args)
+
+
+def _check_callbacks(model: nn.Module, callbacks: Iterable[Callback]) -> None:
+    """Refuse to train a tuning method without the callback that it lives by."""
+    there = {type(callback).__name__ for callback in callbacks}
+    for name, tuning in tunings_of(model).items():
+        needed = tuning.config.callback
+        if tuning.trains and needed and needed not in there:
+            raise ValueError(
+                f"the adapter {name!r} is trained by {tuning.config.name}, which needs a callback beside it: "
+                f"Trainer(..., callbacks=[{needed}(model, {name!r})])  # from minillm.training import {needed}"
+            )
 
 
 def _check_loader(loader: object) -> None:

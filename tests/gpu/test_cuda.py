@@ -8,7 +8,7 @@ from minillm.data.documents import Document
 from minillm.generation import generate_tokens, static_cache
 from minillm.models import ModelConfig, build
 from minillm.ops import linear_cross_entropy, use_backend
-from minillm.peft import LoraConfig, merge, tune
+from minillm.peft import LoraConfig, activate, merge, tune
 from minillm.tokenizers import ByteTokenizer
 from minillm.training import TrainConfig, Trainer, causal_lm_loss
 
@@ -99,3 +99,13 @@ def test_merging_on_the_device(model):
     unmerged = model(tokens)
     merge(model)
     torch.testing.assert_close(model(tokens), unmerged)
+
+
+def test_an_inactive_adapter_follows_the_model(model):
+    for name in "ab":
+        tune(model, LoraConfig(rank=4, targets=("q_proj",), trainable=("norm",)), name=name)
+        activate(model)
+    model.to(DEVICE)
+    activate(model, "a")
+    assert {parameter.device.type for parameter in model.parameters()} == {DEVICE}
+    model(torch.zeros(1, 3, dtype=torch.long, device=DEVICE))

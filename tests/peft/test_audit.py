@@ -33,7 +33,7 @@ def test_a_sound_set_up(decoder, tokens, loss_fn):
     assert table["layers.{0..2}.self_attn.v_proj.lora_B"] == (True, "yes", True, True, 3 * 8 * 2 * 4)
     assert table["layers.{0..2}.self_attn.q_proj.weight"] == (False, "-", False, False, 3 * 16 * 16 * 4)
     text = str(result)
-    assert '"B = 0": a LoRA starts with B = 0' in text and "336 of" in text
+    assert '"B = 0": what comes next starts as 0' in text and "336 of" in text
     (row,) = (line for line in text.splitlines() if "q_proj.lora_B" in line)
     assert " ".join(row.split()) == "layers.{0..2}.self_attn.q_proj.lora_B 96 float32 384 yes yes yes yes"
 

@@ -14,6 +14,7 @@ from minillm.models.families.configs import misfits, read_config, write_config, 
 from minillm.models.families.family import BODY, LM, TOKEN_IDS, Architecture, Family
 from minillm.models.families.keys import Names, entries
 from minillm.models.heads import Head
+from minillm.models.io import check_described
 from minillm.tokenizers import Tokenizer
 
 
@@ -35,9 +36,10 @@ def save_hf(
     config = model.config
     if not isinstance(config, ModelConfig):
         raise ValueError(f"the Hub has no family for a {type(model).__name__}: keep it with minillm.models.save_model")
-    found = _family(config, family, getattr(model, "origin", None))
-    architecture = _architecture(found, model)
+    found = family_for(config, family, getattr(model, "origin", None))
+    architecture = architecture_for(found, model)
     _refuse_foreign(found, architecture, model)
+    check_described(model)
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors = {e.key: e.join(values).cpu() for e in entries(found, architecture, model, architecture.prefix)}
     dtype = next(iter(values.values())).dtype
@@ -54,7 +56,8 @@ def save_hf(
         write_json(temporary / "config.json", described)
 
 
-def _family(config: ModelConfig, name: str | None, origin: dict[str, Any] | None) -> Family:
+def family_for(config: ModelConfig, name: str | None, origin: dict[str, Any] | None) -> Family:
+    """The family of that name, else of the file it came from, else the first that fits; ValueError if none does."""
     first = name or (origin or {}).get("family")
     known = {family.name: family for family in FAMILIES}
     if name is not None and name not in known:
@@ -69,7 +72,8 @@ def _family(config: ModelConfig, name: str | None, origin: dict[str, Any] | None
     raise ValueError("no model family of the Hub computes what this model does:\n  " + "\n  ".join(lines))
 
 
-def _architecture(family: Family, model: nn.Module) -> Architecture:
+def architecture_for(family: Family, model: nn.Module) -> Architecture:
+    """The class of transformers that has the model's head."""
     if isinstance(model, Head):
         return family.architecture(model.head_config.task)
     return family.architecture(LM if getattr(model, "lm_head", None) is not None else BODY)
