@@ -1,0 +1,1 @@
+"""Floor 3: fine-tuning, where models and adapters meet."""
