@@ -4,7 +4,8 @@
     python benchmarks/table.py --check    # exit with 1 if README.md says something else
 
 The results are those of `python benchmarks/run.py`, for the demo those of `python benchmarks/demo.py`, for the model
-families those of the parity tests (see models_table.py); the reason for a missed goal is the `note` of that Goal.
+families those of the parity tests (see models_table.py), for the methods their formulas; the reason for a missed goal
+is the `note` of that Goal.
 """
 
 import json
@@ -67,7 +68,20 @@ def demo() -> str:
     return "\n\n".join([to_markdown(table(facts)), lines, *pictures])
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "families": families, "speed": speed}
+def methods() -> str:
+    """Markdown: every method of tuning and what it trains in two well-known models, by its formula."""
+    from minillm.recipes.methods import describe
+
+    columns = {name: describe(name) for name in ("gpt2", "bert-base")}
+    lines = ["| method | | trains in GPT-2 | in BERT-base | merges | peft reads | |", "|---|---|---|---|---|---|---|"]
+    for facts, others in zip(*columns.values(), strict=True):
+        merges = "yes" if facts.merges else "no"
+        counts = f"{facts.count} | {others.count}"
+        lines.append(f"| `{facts.name}` | {facts.title} | {counts} | {merges} | {facts.hub_type} | {facts.paper} |")
+    return "\n".join([*lines, "", "Values with default settings, by formula; of 124,439,808 and 108,891,648."])
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "methods": methods, "families": families, "speed": speed}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""One training step (forward, backward, AdamW) of a tiny Llama, in full and with LoRA, against transformers and peft.
+"""One training step (forward, backward, AdamW) of a tiny Llama, in full and by LoRA, against transformers and peft.
 
     python benchmarks/run.py training_step
 
@@ -18,7 +18,7 @@ from minillm.peft import LoraConfig, tune
 from minillm.training import TrainConfig, causal_lm_loss, make_optimizer
 
 BATCH, LENGTH, RANK, ALPHA = 8, 256, 8, 16
-TARGETS = ("q_proj", "v_proj")
+TARGETS = {"lora": ("q_proj", "v_proj"), "lora_all": ("all-linear",)}  # all but the head, on both sides
 
 GOALS = [
     Goal("full training step, time / transformers", ("full", "time_ratio"), 0.95),
@@ -30,14 +30,16 @@ GOALS = [
         note="matrix products and attention, the same on both sides, are three quarters of the peer's time",
     ),
     Goal("LoRA (q, v, r=8) step, memory it adds / transformers + peft", ("lora", "memory_ratio"), 0.65),
+    Goal("LoRA (all linear layers, r=8) step, time / transformers + peft", ("lora_all", "time_ratio"), 0.85),
+    Goal("LoRA (all linear layers, r=8) step, memory it adds / the same", ("lora_all", "memory_ratio"), 0.65),
 ]
 
 
 def ours(method: str) -> nn.Module:
     torch.manual_seed(0)
     model = build(ModelConfig(num_layers=LAYERS, num_heads=HEADS, tie_embeddings=False, **TINY))
-    if method == "lora":
-        tune(model, LoraConfig(rank=RANK, alpha=ALPHA, targets=TARGETS))
+    if method in TARGETS:
+        tune(model, LoraConfig(rank=RANK, alpha=ALPHA, targets=TARGETS[method]))
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
                 nn.init.normal_(parameter, std=0.02)  # as after some steps: at zero, A has no gradient
@@ -48,10 +50,11 @@ def theirs(method: str) -> nn.Module:
     import peft
 
     model = hub_llama(ours("full"), use_cache=False)
-    if method == "lora":
-        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+    if method in TARGETS:
+        targets = "all-linear" if method == "lora_all" else list(TARGETS[method])
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
         model = peft.get_peft_model(model, config)
-        adapter = {peft_name(n): p for n, p in ours("lora").named_parameters() if "lora_" in n}
+        adapter = {peft_name(n): p for n, p in ours(method).named_parameters() if "lora_" in n}
         assert not model.load_state_dict(adapter, strict=False).unexpected_keys
     return model
 
@@ -90,7 +93,7 @@ def assert_equal(mine: nn.Module, peer: nn.Module, method: str) -> None:
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for loss in losses:
         loss.backward()
-    rename = peft_name if method == "lora" else hub_name
+    rename = peft_name if method in TARGETS else hub_name
     same_gradients(
         {rename(name): p.grad for name, p in mine.named_parameters() if p.requires_grad},
         {name: p.grad for name, p in peer.named_parameters() if p.requires_grad},
@@ -109,7 +112,7 @@ def peak(side: str) -> float:
 
 def measure(repeats: int = 9) -> dict:
     result = {}
-    for method in ("full", "lora"):
+    for method in ("full", *TARGETS):
         mine, peer = ours(method), theirs(method)
         assert_equal(mine, peer, method)
         sides = {"minillm": training_step(mine, our_loss), "transformers": training_step(peer, their_loss)}

@@ -172,8 +172,17 @@ def _generate(command: Command, arguments: Namespace) -> None:
     print()
 
 
+def _classify(command: Command, arguments: Namespace) -> None:
+    config = override(_load(command.config)(), arguments.overrides)
+    print(_load(command.recipe)(arguments.folder, _text(arguments.text), config))
+
+
 def _info(command: Command, arguments: Namespace) -> None:
     print(_load(command.recipe)(arguments.folder, override(_load(command.config)(), arguments.overrides)))
+
+
+def _methods(command: Command, arguments: Namespace) -> None:
+    print(_load(command.recipe)(arguments.folder))
 
 
 def _text(argument: str) -> str:
@@ -189,4 +198,4 @@ def _text(argument: str) -> str:
         ) from None
 
 
-FACES = {"tokenizer show": _show, "generate": _generate, "info": _info}  # the others are recipes with a config
+FACES = {"tokenizer show": _show, "generate": _generate, "classify": _classify, "info": _info, "methods": _methods}

@@ -26,6 +26,7 @@ class Fields(NamedTuple):
     text: str | int
     prompt: str | int
     completion: str | int
+    numbers: bool = False
 
 
 def read_documents(
@@ -34,6 +35,7 @@ def read_documents(
     text: str | int = "text",
     prompt: str | int = "prompt",
     completion: str | int = "completion",
+    numbers: bool = False,
     extensions: Sequence[str] = TEXT_EXTENSIONS,
 ) -> list[Document]:
     """All documents under `path`, in a fixed order; ValueError names every line or file that cannot be read.
@@ -44,13 +46,14 @@ def read_documents(
     .csv    as spreadsheets write it; in both tables the first row names the columns, unless columns are numbers
     folder  every file below it with one of `extensions` or of the above (hidden ones not), sorted by path
     other   any other file is one document of UTF-8 text, whatever its extension
-    Any of them may be compressed (.gz). `text`, `prompt`, `completion` rename the fields. What a folder holds besides,
-    and documents of nothing but white space, are left out with one warning that counts them.
+    Any of them may be compressed (.gz). `text`, `prompt`, `completion` rename the fields; with `numbers` a completion
+    may also be a whole number, as classes often are. What a folder holds besides, and documents of nothing but white
+    space, are left out with one warning that counts them.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist (working folder: {Path.cwd()})")
-    fields = Fields(text, prompt, completion)
+    fields = Fields(text, prompt, completion, numbers)
     files, skipped = _files_below(path, (*extensions, *TABLE_EXTENSIONS)) if path.is_dir() else ([path], [])
     documents = _read_files(files, fields)
     kept = [document for document in documents if document.full_text.strip()]
@@ -187,7 +190,7 @@ def _read_table(file: Path, rows: list[tuple[int, list[str]]], fields: Fields) -
     """Rows as records: columns named by the first row, or numbered from 0 when a field is a number."""
     if not rows:
         return
-    numbered = any(isinstance(field, int) for field in fields)
+    numbered = any(isinstance(field, int) for field in fields[:3])
     header = list(range(max(len(row) for _, row in rows))) if numbered else rows[0][1]
     body = rows if numbered else rows[1:]
     broken = [
@@ -202,7 +205,9 @@ def _documents(
     """One document a record; every broken record of the file is named in one error."""
     good: list[Document] = []
     for number, record in records:
-        found = [field for field in fields if field in record]
+        if fields.numbers and type(record.get(fields.completion)) is int:
+            record = record | {fields.completion: str(record[fields.completion])}
+        found = [field for field in fields[:3] if field in record]
         wrong = [f"{field!r} {flaw}" for field in found if (flaw := _flaw(record[field]))]
         if wrong:
             broken.append(f"{unit} {number}: {', '.join(wrong)}")

@@ -50,11 +50,18 @@ COMMANDS = {
         RESUME,
     ),
     "tune": Command(
-        "adapt a language model to other text: LoRA, all of it, or some modules; works under torchrun",
-        "minillm tune base=runs/base method=lora data.train=notes.jsonl run=runs/notes",
+        "adapt a model to other text or to naming classes, by any of `minillm methods`; works under torchrun",
+        "minillm tune base=runs/base method=lora data.train=notes.jsonl run=runs/notes\n"
+        "minillm tune base=runs/base method=bitfit data.train=reviews.csv data.label=sentiment run=runs/reviews",
         "minillm.recipes.tune:tune",
         "minillm.recipes.tune:TuneConfig",
         RESUME,
+    ),
+    "methods": Command(
+        "all ways of tuning, and what each would train in a model",
+        "minillm methods\nminillm methods runs/base\nminillm methods llama-3.2-1b",
+        "minillm.recipes.methods:methods",
+        arguments={"folder": {"nargs": "?", "help": "a model card or a folder with a model; none: gpt2"}},
     ),
     "generate": Command(
         "continue a prompt",
@@ -66,6 +73,13 @@ COMMANDS = {
             "prompt": {"help": 'the text to continue; "-" reads it from standard input'},
             "--stream": {"action": "store_true", "help": "show the text while it is made"},
         },
+    ),
+    "classify": Command(
+        "the class of a text, by a model tuned with data.label",
+        'minillm classify runs/reviews "a charming and often affecting journey"',
+        "minillm.recipes.classify:classify",
+        "minillm.recipes.classify:ClassifyConfig",
+        {**FOLDER, "text": {"help": 'the text; "-" reads it from standard input'}},
     ),
     "info": Command(
         "what runs here, what a folder holds, or how large a well-known language model is",

@@ -41,6 +41,7 @@ class CorpusConfig:
     text: str = "text"  # field of a record (JSON or table) with a plain text; a number: a column, counted from 0
     prompt: str = "prompt"  # or these two: only the completion is learned
     completion: str = "completion"
+    label: str = ""  # field with a text's class, such as label: then a classifier is trained (minillm tune)
     seed: int = 0  # of the split and of the order of training
 
     def __post_init__(self):
@@ -81,9 +82,12 @@ def read_corpus(config: CorpusConfig) -> tuple[list[Document], list[Document]]:
     if not config.train:
         raise ValueError("data.train: which text? Name a file or a folder, for example data.train=my_folder/")
     named = {"text": config.text, "prompt": config.prompt, "completion": config.completion}
+    if config.label:  # a labelled text is read as a prompt and its completion
+        named = {"text": "", "prompt": config.text, "completion": config.label}
     fields = {role: int(name) if name.isdecimal() else name for role, name in named.items()}
-    documents = read_documents(config.train, **fields)
-    held_out = read_documents(config.held_out, **fields) if config.held_out else []
+    numbers = bool(config.label)
+    documents = read_documents(config.train, **fields, numbers=numbers)
+    held_out = read_documents(config.held_out, **fields, numbers=numbers) if config.held_out else []
     _check_fields_count(config, documents + held_out)
     if not config.held_out:
         return split_documents(documents, config.held_out_share, config.seed)
@@ -97,6 +101,8 @@ def read_corpus(config: CorpusConfig) -> tuple[list[Document], list[Document]]:
 
 
 def _check_fields_count(config: CorpusConfig, documents: list[Document]) -> None:
+    if config.label:
+        return
     defaults = {"prompt": CorpusConfig.prompt, "completion": CorpusConfig.completion}
     given = [f"data.{name}={getattr(config, name)}" for name in defaults if getattr(config, name) != defaults[name]]
     if given and all(document.completion is None for document in documents):
@@ -203,7 +209,7 @@ def report_timing(trainer: Trainer) -> dict[str, float]:
     }
 
 
-def doubts(began: float, ended: float, held_out: float, vocab_size: int) -> list[str]:
+def doubts(began: float, ended: float, held_out: float, vocab_size: int, what: str = "token") -> list[str]:
     """What went wrong with a run by its losses: at its beginning and end, and on held-out text."""
     found, uniform = [], math.log(vocab_size)
     if not ended <= began:  # also if it is not a number
@@ -213,7 +219,7 @@ def doubts(began: float, ended: float, held_out: float, vocab_size: int) -> list
         )
     if not held_out < NEARLY * uniform:
         found.append(
-            f"the held-out loss of {held_out:.4f} is no better than guessing every token alike (ln {vocab_size} = "
+            f"the held-out loss of {held_out:.4f} is no better than guessing every {what} alike (ln {vocab_size} = "
             f"{uniform:.4f}): the model has learned next to nothing; train longer or with another learning rate"
         )
     for line in found:

@@ -42,7 +42,7 @@ def generate(folder: str | Path, prompt: str, config: GenerateConfig) -> Iterato
     Everything is checked and loaded by the call; ValueError lists what cannot work.
     """
     device = pick_device(config.device)
-    model, tokenizer, report = load(folder, base=config.base, device=device)
+    model, tokenizer, report, _ = load(folder, base=config.base, device=device)
     if config.merge:
         if report is None:
             raise ValueError(f"merge=true, but {folder} is no adapter: there is nothing to merge")

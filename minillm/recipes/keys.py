@@ -1,5 +1,6 @@
 """The keys of a config as a person reads them: name, default value, and the comment that stands in the source."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -39,7 +40,8 @@ def _comments(cls: type) -> dict[str, str]:
     """The comment at the end of each field's line, also of inherited fields."""
     found: dict[str, str] = {}
     for owner in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
-        found |= dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", inspect.getsource(owner), re.MULTILINE))
+        with contextlib.suppress(OSError):  # a class that make_dataclass made has no source
+            found |= dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", inspect.getsource(owner), re.MULTILINE))
     return found
 
 

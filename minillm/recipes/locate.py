@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from minillm.files import read_json
 from minillm.models import Decoder, EncoderDecoder
 from minillm.models import load as load_any
 from minillm.peft import Report, load_adapter
+from minillm.recipes.head import put_new_head, read_head
 from minillm.tokenizers import Tokenizer, check_same, load_tokenizer
 from minillm.tokenizers.folder import BPE, FILES, WORDPIECE
 
@@ -35,6 +37,7 @@ class Loaded(NamedTuple):
     model: Decoder | EncoderDecoder
     tokenizer: Tokenizer
     report: Report | None
+    labels: Sequence[str] = ()  # the classes of a classifier
 
 
 WEIGHTS = (  # as we and transformers call them
@@ -114,23 +117,37 @@ def find_base(adapter: Path, base: str = "") -> Path:
     return found.folder
 
 
-def load(path: str | Path, *, base: str = "", device: torch.device | str = "cpu") -> Loaded:
-    """The model in eval mode, with its adapter if `path` leads to one (not merged), and the model's own tokenizer."""
+def load(path: str | Path, *, base: str = "", device: torch.device | str = "cpu", writes: bool = True) -> Loaded:
+    """The model in eval mode, with its adapter if `path` leads to one (not merged), and the model's own tokenizer.
+
+    `writes`: it must have an LM head, as all that continues text needs it.
+    """
     kind, folder = locate(path)
     if kind == "model":
         if base:
             raise ValueError(f"base={base}: {path} is a whole model and needs no base; leave it out")
-        return load_base(folder, device)
-    model, tokenizer, _ = load_base(find_base(folder, base), device)
+        return load_base(folder, device, writes=writes)
+    head = read_head(folder)
+    if head and writes:
+        names = ", ".join(head[1])
+        raise ValueError(
+            f"{path} is a classifier ({names}), which writes no text: minillm classify asks it, and with data.label "
+            "minillm tune goes on from it"
+        )
+    model, tokenizer, *_ = load_base(find_base(folder, base), device, writes=writes)
+    model = put_new_head(model, head[0]).to(device) if head else model
     report = load_adapter(model, folder)
     note_untied_head(model)
-    return Loaded(model.eval(), tokenizer, report)
+    return Loaded(model.eval(), tokenizer, report, head[1] if head else ())
 
 
-def load_base(folder: Path, device: torch.device | str = "cpu") -> Loaded:
-    """The model of a model folder and the tokenizer beside it, which must be the one the model was trained with."""
+def load_base(folder: Path, device: torch.device | str = "cpu", *, writes: bool = True) -> Loaded:
+    """The model of a model folder and the tokenizer beside it, which must be the one the model was trained with.
+
+    `writes`: it must have an LM head, as all that continues text needs it.
+    """
     model, tokenizer = load_any(folder, device=device), load_tokenizer(folder)
-    if not isinstance(model, Decoder | EncoderDecoder) or model.lm_head is None:
+    if writes and (not isinstance(model, Decoder | EncoderDecoder) or model.lm_head is None):
         raise ValueError(
             f"{folder} holds a {type(model).__name__}, which writes no text: tune and generate take models with an LM "
             "head; use this one in Python, with minillm.load"
@@ -147,6 +164,7 @@ def load_base(folder: Path, device: torch.device | str = "cpu") -> Loaded:
 
 def note_untied_head(model: Decoder) -> None:
     """Let the config say so when partial tuning has given the head a matrix of its own."""
-    plain = type(model.lm_head) is torch.nn.Linear  # the weight of a wrapped head is computed anew each time
+    head = getattr(model, "lm_head", None)
+    plain = type(head) is torch.nn.Linear  # the weight of a wrapped head is computed anew each time
     if plain and model.config.tie_embeddings and model.lm_head.weight is not model.embed_tokens.weight:
         model.config = dataclasses.replace(model.config, tie_embeddings=False)

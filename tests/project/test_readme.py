@@ -8,6 +8,7 @@ import pytest
 
 from minillm.cli import main
 from minillm.config import override
+from minillm.peft import tunings_of
 from minillm.recipes.commands import COMMANDS
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -47,6 +48,9 @@ def test_its_python_runs(tmp_path, monkeypatch, capsys):
     assert "values train" in capsys.readouterr().out
     assert (tmp_path / "my_adapter" / "adapter_model.safetensors").is_file()
     assert not [name for name, _ in scope["model"].named_parameters() if "lora" in name]
+    exec(compile(PYTHON[1], "README.md", "exec"), scope)
+    assert "'both' (concat)" in capsys.readouterr().out
+    assert [name for name, tuning in tunings_of(scope["model"]).items() if tuning.active] == ["mine"]
 
 
 @pytest.mark.slow
@@ -69,7 +73,7 @@ def test_its_python_loads_real_models(tmp_path, monkeypatch, capsys):
     transformers.CamembertForMaskedLM(config).save_pretrained("models/sloberta")
     wrapped.save_pretrained("models/sloberta")
     with pytest.warns(UserWarning, match="no head for task 'classification'"):
-        exec(compile(PYTHON[1], "README.md", "exec"), scope := {})
+        exec(compile(PYTHON[2], "README.md", "exec"), scope := {})
     assert (
         scope["classifier"].classifier.out_features == 2
         and (tmp_path / "runs" / "classifier" / "metrics.jsonl").is_file()
@@ -79,4 +83,4 @@ def test_its_python_loads_real_models(tmp_path, monkeypatch, capsys):
 
 
 def test_all_its_python_is_run_here():
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3

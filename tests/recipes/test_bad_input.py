@@ -121,7 +121,7 @@ def test_a_corrected_command_may_use_the_same_folder(texts, sizes, refused, cli,
         ),
         ([*NOTES, "partial.untie=true"], r"method=lora uses no key of partial"),
         ([*NOTES, "seed=-1"], "seed=-1: a whole number"),
-        ([*NOTES, "method=adapter"], "method: expected one of lora, full, partial"),
+        ([*NOTES, "method=adapter"], "method: expected one of lora, .*, full, partial"),
         ([*NOTES, "data.length=8"], r"documents keep no label within length 8"),
         (
             [*NOTES, "data.prompt=question"],

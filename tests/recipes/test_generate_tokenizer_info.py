@@ -22,7 +22,7 @@ def test_generating_is_seeded_and_reads_standard_input(base, cli, monkeypatch):
 
 
 def test_greedy_text_is_the_library_s_and_stops(base, cli):
-    model, tokenizer, _ = load(base)
+    model, tokenizer, *_ = load(base)
     [text] = generate_text(model, tokenizer, ["the cat"], max_new_tokens=12)
     assert cli("generate", base, "the cat", "max_new_tokens=12", "temperature=0")[1] == text + "\n"
     assert cli("generate", base, "the cat", "max_new_tokens=12", "temperature=0", f"stop={text[0]}")[1] == "\n"
@@ -45,7 +45,7 @@ def test_prompts_that_look_like_options(base, cli):
 
 
 def test_stop_texts_with_spaces_that_count(base, cli):
-    model, tokenizer, _ = load(base)
+    model, tokenizer, *_ = load(base)
     [text] = generate_text(model, tokenizer, ["the cat"], max_new_tokens=30)
     at = text.index(text[3])
     words = ("generate", base, "the cat", "max_new_tokens=30", "temperature=0")

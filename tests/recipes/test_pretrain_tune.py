@@ -99,7 +99,7 @@ def test_tuning_examples_and_generating(method, base, texts, tune_sizes, cli, tm
     code, out, _ = cli("tune", f"base={base}", f"data.train={texts / 'notes.jsonl'}", f"run={run}", *settings)
     assert code == 0 and "padded rows, one document each (there are prompts)" in out
     report = read_json(run / "report.json")
-    model, tokenizer, tuned = load(run)
+    model, tokenizer, tuned, _ = load(run)
     assert (report["method"], report["trainable"]) == (method[0], tuned.trainable)
     assert model.config.tie_embeddings == (method[0] != "partial")
 
