@@ -3,7 +3,6 @@
 from minillm.data.documents import Document, corpus_summary, split_documents
 from minillm.data.packing import PackedLoader, sequential_batches
 from minillm.data.padding import PaddedLoader
-from minillm.data.reading import TEXT_EXTENSIONS, read_documents
 from minillm.data.tokens import TokenFile, write_tokens
 from minillm.later import later
 
@@ -19,11 +18,13 @@ __getattr__ = later(
         "Pair": "examples",
         "Sentences": "contrastive",
         "SpanCorruption": "spans",
+        "TEXT_EXTENSIONS": "reading",
         "TextInfilling": "infilling",
         "WordBoundaries": "masking",
         "encoder_decoder_batch": "encoder_decoder",
         "example_batches": "examples",
         "pair_examples": "examples",
+        "read_documents": "reading",
         "restore_spans": "spans",
         "sampling_probabilities": "mixing",
         "sentence_groups": "contrastive",

@@ -1,6 +1,5 @@
 """Floor 3: text from a model. Filters and samplers on logits, the decoding loop, beam search, streaming."""
 
-from minillm.generation.beam import Hypotheses, beam_search
 from minillm.generation.filters import (
     LogitsFilter,
     forced_first,
@@ -14,13 +13,20 @@ from minillm.generation.generate import generate, generate_tokens, static_cache
 from minillm.generation.next_logits import CausalModel, NextLogits, Seq2Seq
 from minillm.generation.nonfinite import first_nonfinite
 from minillm.generation.sampling import Sampler, greedy, sampler, temperature, top_k, top_p
-from minillm.generation.text import (
-    TextUntilStop,
-    beam_search_text,
-    encode_prompts,
-    encode_sources,
-    generate_text,
-    stream_text,
+from minillm.later import later
+
+__getattr__ = later(
+    __name__,
+    {
+        "Hypotheses": "beam",
+        "TextUntilStop": "text",
+        "beam_search": "beam",
+        "beam_search_text": "text",
+        "encode_prompts": "text",
+        "encode_sources": "text",
+        "generate_text": "text",
+        "stream_text": "text",
+    },
 )
 
 __all__ = [

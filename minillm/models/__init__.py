@@ -6,39 +6,40 @@ from minillm.models.config import ModelConfig
 from minillm.models.decoder import Decoder
 from minillm.models.encoder import Encoder
 from minillm.models.encoder_decoder import EncoderDecoder
-from minillm.models.heads import (
-    HEADS,
-    Classifier,
-    Head,
-    HeadConfig,
-    MaskedLM,
-    MultipleChoice,
-    SentenceEmbedder,
-    SpanExtractor,
-    Tagger,
-    build_with_head,
-    put_head,
-)
-from minillm.models.inspect import attention_maps, count_parameters
-from minillm.models.io import load_model, save_model, weights_fingerprint
 
 __getattr__ = later(
     __name__,
     {
         "CARDS": "cards",
         "Card": "cards",
+        "Classifier": "heads",
+        "HEADS": "heads",
+        "Head": "heads",
+        "HeadConfig": "heads",
+        "MaskedLM": "heads",
         "ModelSize": "size",
+        "MultipleChoice": "heads",
         "RecurrentConfig": "recurrent",
         "RecurrentEncoderDecoder": "recurrent_seq2seq",
         "RecurrentLM": "recurrent",
+        "SentenceEmbedder": "heads",
+        "SpanExtractor": "heads",
+        "Tagger": "heads",
         "TrainingMemory": "memory",
+        "attention_maps": "inspect",
+        "build_with_head": "heads",
+        "count_parameters": "inspect",
         "find_card": "cards",
         "gradient_flow": "gradient_flow",
         "load": "loading",
         "load_hf": "families.load",
+        "load_model": "io",
         "model_size": "size",
+        "put_head": "heads",
         "save_hf": "families.save",
+        "save_model": "io",
         "training_memory": "memory",
+        "weights_fingerprint": "io",
     },
 )
 

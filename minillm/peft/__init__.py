@@ -4,7 +4,6 @@
 """
 
 from minillm.later import later
-from minillm.peft.audit import Audit, audit
 from minillm.peft.in_place import FullConfig, PartialConfig
 from minillm.peft.io import load_adapter, save_adapter
 from minillm.peft.lora import LoraConfig
@@ -22,6 +21,7 @@ from minillm.peft.tune import Report, auxiliary_loss, flatten, tune
 __getattr__ = later(
     __name__,
     {
+        "Audit": "auditing",
         "BiasScores": "prune_bitfit",
         "BitFitConfig": "bitfit",
         "Bottleneck": "bottleneck",
@@ -44,6 +44,7 @@ __getattr__ = later(
         "QaLoraConfig": "qalora",
         "QuantizedLinear": "quantized_linear",
         "RankAllocator": "increlora_allocator",
+        "audit": "auditing",
         "combine": "combination",
         "deltas": "bitfit",
         "merge_errors": "qlora",

@@ -4,13 +4,13 @@ from minillm.later import later
 from minillm.tokenizers.base import Tokenizer, check_same
 from minillm.tokenizers.formats import InputFormat
 from minillm.tokenizers.simple import ByteTokenizer, CharTokenizer
-from minillm.tokenizers.stream import StreamDecoder
-from minillm.tokenizers.subword import SentencePieceTokenizer
 
 __getattr__ = later(
     __name__,
     {
         "HubTokenizer": "hub",
+        "SentencePieceTokenizer": "subword",
+        "StreamDecoder": "stream",
         "encode_chat": "chat",
         "encode_trusted": "chat",
         "load_tokenizer": "folder",
