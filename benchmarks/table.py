@@ -17,7 +17,10 @@ from typing import Any
 from models_table import table as families
 
 # each a module here and a file in results/
-NAMES = ("training_step", "head_loss", "lora_linear", "decode", "recurrent", "memory_estimate", "import_time")
+NAMES = (
+    *("training_step", "head_loss", "lora_linear", "bert_tiny", "mixed_batch", "quantize"),
+    *("decode", "recurrent", "memory_estimate", "import_time"),
+)
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 
