@@ -63,6 +63,7 @@ class PTuningConfig(SoftPrompt):
     name = "ptuning"
     peft_type = "P_TUNING"
     title = "P-tuning"
+    hub_type = "PROMPT_TUNING"  # once it is flattened
     paper = "Liu et al. 2021, arXiv:2103.10385"
     formula = "P D + the prompt encoder's; mlp: (D + 1) F + (layers - 1) (F + 1) F + (F + 1) D"
 

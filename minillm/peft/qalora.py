@@ -89,6 +89,7 @@ class QaLoraConfig(AdapterConfig):
     paper = "Xu et al. 2023, arXiv:2309.14717"
     formula = "R (Din / G + Dout) for each layer"
     start = "the base's weights are rounded to 4 bits"
+    stacks = "any, if it comes first"
     changes_base = True
 
     rank: int = 8

@@ -24,9 +24,9 @@ class QLoraConfig(LoraConfig):
     """LoRA whose base is quantized first: every linear layer that is no output head, whether it is a target or not.
 
     `block` weights share a scale; with `double_quantization` the scales are in 8 bits: 4.127 bits a weight, not 4.5.
-    What is tied or in `trainable`, and transformers' Conv1D, keeps its numbers. The float weights are gone:
-    `unload` gives the quantized base back, `merge` makes plain layers of the rounded weights plus the updates, which is
-    what was trained, and for the weights from before the base must be loaded again.
+    What is tied or in `trainable` keeps its numbers; so does transformers' Conv1D, which cannot be a target.
+    The float weights are gone: `unload` gives the quantized base back, `merge` makes plain layers of the rounded
+    weights plus the updates, which is what was trained; for the weights from before the base must be loaded again.
     The adapter's file is a plain LoRA's; with minillm.json beside it, it loads on the same float base, quantized anew.
     On a base that is quantized already (see `quantize`) this is LoraConfig.
     """
@@ -36,6 +36,7 @@ class QLoraConfig(LoraConfig):
     title = "Low-rank adapters on a 4-bit base"
     paper = "Dettmers et al. 2023, arXiv:2305.14314"
     start = "the base's weights are rounded to 4 bits"
+    stacks = "any, if it comes first"
     changes_base = True
 
     targets: tuple[str, ...] = (ALL_LINEAR,)

@@ -1,4 +1,4 @@
-"""The training loop. It knows a loss function and callbacks; of models only that they have parameters."""
+"""The training loop. It knows a loss function and callbacks; of models that they have parameters, and may be tuned."""
 
 import json
 import math

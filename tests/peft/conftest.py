@@ -3,8 +3,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from contract_cases import CONFIGS
 
-from minillm.models import Decoder, ModelConfig
+from minillm.models import Decoder
 
 
 class Loss(NamedTuple):
@@ -26,19 +27,7 @@ def loss_fn():
 def decoder():
     """A decoder of three layers with an untied head; all sizes differ, so that a swapped one shows."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=41,
-        hidden_size=16,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        intermediate_size=20,
-        max_positions=32,
-        tie_embeddings=False,
-        init_std=0.2,
-    )
-    return Decoder(config)
+    return Decoder(CONFIGS["decoder"])
 
 
 @pytest.fixture
