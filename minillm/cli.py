@@ -185,6 +185,10 @@ def _methods(command: Command, arguments: Namespace) -> None:
     print(_load(command.recipe)(arguments.folder))
 
 
+def _kernels(command: Command, arguments: Namespace) -> None:
+    print(_load(command.recipe)(**{name: value for name, value in vars(arguments).items() if name != "debug"}))
+
+
 def _text(argument: str) -> str:
     """The argument, or for "-" what comes from standard input, without its last line's end."""
     if argument != "-":
@@ -198,4 +202,13 @@ def _text(argument: str) -> str:
         ) from None
 
 
-FACES = {"tokenizer show": _show, "generate": _generate, "classify": _classify, "info": _info, "methods": _methods}
+FACES = {
+    "tokenizer show": _show,
+    "generate": _generate,
+    "classify": _classify,
+    "info": _info,
+    "methods": _methods,
+    "kernels build": _kernels,
+    "kernels info": _kernels,
+    "kernels clean": _kernels,
+}

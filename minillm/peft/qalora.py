@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minillm.ops import lora
 from minillm.ops.int4 import Int4Tensor, quantize_int4
 from minillm.ops.quantize import check_size
-from minillm.peft.linears import adapter_dtype, device_of, is_conv1d, is_quantized
+from minillm.peft.linears import adapter_dtype, device_of, features, is_conv1d, is_linear, is_quantized
 from minillm.peft.lora_linear import rank_problem
 from minillm.peft.method import AdapterConfig, Plan
 from minillm.peft.names import Wrapper, base_modules, innermost, names_of
@@ -117,7 +117,8 @@ class QaLoraConfig(AdapterConfig):
 
     def plan(self, model: nn.Module) -> Plan:
         fits = self._fits if record_of(model) is None else self._fits_adapted
-        found = find_targets(model, self.targets, self.trainable, method="QA-LoRA", fits=fits)
+        common = math.gcd(*(features(layer)[0] for _, _, layer in base_modules(model) if is_linear(layer)))
+        found = find_targets(model, self.targets, self.trainable, method="QA-LoRA", fits=partial(fits, common))
         parameters = {}
         for name, layer in found.layers.items():
             like = {"dtype": adapter_dtype(layer), "device": "meta"}
@@ -137,8 +138,8 @@ class QaLoraConfig(AdapterConfig):
     def _wrap(self, name: str, base: nn.Module) -> QALoRALinear:
         return QALoRALinear(base, self.rank, self.alpha, dropout=self.dropout)
 
-    def _fits(self, name: str, layer: nn.Module) -> str | None:
-        """Why a layer cannot be quantized in groups and adapted."""
+    def _fits(self, common: int, name: str, layer: nn.Module) -> str | None:
+        """Why a layer cannot be quantized in groups and adapted; `common` divides the inputs of all layers."""
         if is_conv1d(layer):
             return "is transformers' Conv1D; only nn.Linear can be quantized"
         if is_quantized(layer):
@@ -146,11 +147,13 @@ class QaLoraConfig(AdapterConfig):
             if not isinstance(kept, Int4Tensor) or kept.group != self.group:
                 return f"is quantized already, but not in groups of {self.group} inputs with a zero each"
         if layer.in_features % self.group:
-            return f"has {layer.in_features} inputs, which groups of {self.group} do not divide; choose another `group`"
+            fitting = [group for group in range(2, self.group, 2) if common % group == 0]
+            advice = f"group={fitting[-1]} (qalora.group={fitting[-1]}) fits" if fitting else "leave such `targets` out"
+            return f"has {layer.in_features} inputs, which groups of {self.group} do not divide: {advice}"
         return rank_problem(self.rank, layer.in_features // self.group, layer.out_features)
 
-    def _fits_adapted(self, name: str, layer: nn.Module) -> str | None:
+    def _fits_adapted(self, common: int, name: str, layer: nn.Module) -> str | None:
         """The same on a model with adapters, whose base must not change."""
         if not is_quantized(layer):
             return "has adapters in its model, whose base would change; merge(model) or unload(model) them first"
-        return self._fits(name, layer)
+        return self._fits(common, name, layer)

@@ -52,9 +52,10 @@ COMMANDS = {
     "tune": Command(
         "adapt a model to other text or to naming classes, by any of `minillm methods`; works under torchrun",
         "minillm tune base=runs/base method=lora data.train=notes.jsonl run=runs/notes\n"
-        "minillm tune base=runs/base method=bitfit data.train=reviews.csv data.label=sentiment run=runs/reviews",
+        "minillm tune base=runs/base method=bitfit data.train=reviews.csv data.label=sentiment run=runs/reviews\n"
+        "minillm tune base=runs/base method=fusion adapters=a:runs/one,b:runs/two data.train=notes.jsonl run=runs/both",
         "minillm.recipes.tune:tune",
-        "minillm.recipes.tune:TuneConfig",
+        "minillm.recipes.tune_config:TuneConfig",
         RESUME,
     ),
     "methods": Command(
@@ -93,5 +94,28 @@ COMMANDS = {
                 "all of them; none: this machine",
             }
         },
+    ),
+    "kernels build": Command(
+        "compile the native kernels of the ops with this machine's g++ and nvcc",
+        "minillm kernels build\nminillm kernels build cuda",
+        "minillm.recipes.kernels:build_kernels",
+        arguments={
+            "kind": {
+                "nargs": "?",
+                "choices": ("cpu", "cuda", "emulated"),
+                "help": "emulated: the cuda kernels for a GPU that the processor plays; none: cuda where torch sees "
+                "a GPU, else cpu",
+            }
+        },
+    ),
+    "kernels info": Command(
+        "which implementation of each op runs here, and why a faster one does not; which kernels are built",
+        "minillm kernels info",
+        "minillm.recipes.kernels:describe_kernels",
+    ),
+    "kernels clean": Command(
+        "remove all kernels that were built, and what interrupted builds left",
+        "minillm kernels clean",
+        "minillm.recipes.kernels:clean_kernels",
     ),
 }

@@ -1,9 +1,11 @@
 """What the recipes share: the text they read, starting and resuming a run, tables on the screen."""
 
+import contextlib
 import math
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,6 +30,7 @@ from minillm.training.run_folder import refuse_a_used_folder
 from minillm.training.state import MAY_CHANGE
 
 Config = TypeVar("Config")
+PREPARED = ("tokenizer", "data", "base", "under", "kept.json", "environment.json")  # in a run before it begins
 NEARLY = 0.98  # a held-out loss above this share of ln(vocabulary) is that of a model that learned nothing
 
 
@@ -139,6 +142,21 @@ def find_run(config: Any, recipe: str, resume: bool) -> Path:
     else:
         from_main(lambda: refuse_a_used_folder(run))
     return run
+
+
+@contextlib.contextmanager
+def taken_back_if_refused(run: Path) -> Iterator[None]:
+    """Where a run is refused before it has begun, delete what was prepared for it; what was there before stays."""
+    before = {run, *run.iterdir()} if run.is_dir() else set()
+    try:
+        yield
+    except BaseException:
+        if is_main() and run.is_dir() and not (run / "config.json").exists():
+            for part in {run / name for name in PREPARED} - before:
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            if run not in before and not any(run.iterdir()):
+                run.rmdir()
+        raise
 
 
 def saved_config(cls: type[Config], run: str | Path, recipe: str) -> Config:

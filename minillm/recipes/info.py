@@ -9,16 +9,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from minillm import ops
 from minillm.config import to_dict
 from minillm.files import read_json
 from minillm.models import ModelConfig, build, count_parameters
 from minillm.models.cards import CARDS, find_card
 from minillm.models.families.configs import find_family, read_config
 from minillm.models.io import build_described
-from minillm.recipes.common import format_table
+from minillm.recipes.kernels import describe_ops
 from minillm.recipes.locate import WEIGHTS, find_tokenizer, holds_tokenizer, locate, quote
 from minillm.recipes.model_info import InfoConfig, describe_card, describe_costs, list_cards, parts_table
+from minillm.recipes.under import read_under
 from minillm.tokenizers import load_tokenizer
 from minillm.training import Records, list_checkpoints
 from minillm.training.run_folder import environment
@@ -48,15 +48,7 @@ def info(what: str | None = None, config: InfoConfig = DEFAULTS) -> str:
 def describe_machine() -> str:
     """Versions, threads, devices, and which implementation of each op runs, and why nothing faster does."""
     facts = [(name, value if value or value == 0 else "none") for name, value in environment().items()]
-    rows = [
-        (
-            name,
-            runs["runs"],
-            "; ".join(f"{backend}: {why}" for backend, why in runs.items() if backend != "runs") or "-",
-        )
-        for name, runs in ops.info().items()
-    ]
-    return _section("here", facts) + "\n\n" + format_table(("op", "runs", "faster ones"), rows)
+    return _section("here", facts) + "\n\n" + describe_ops()
 
 
 def describe_folder(path: str, config: InfoConfig = DEFAULTS) -> str:
@@ -157,9 +149,15 @@ def _adapter(folder: Path) -> str:
     facts = [("method", own.get("method", described.get("peft_type"))), *(own.get("config") or {}).items()]
     facts += [("trained values", f"{sum(torch.Size(shape).numel() for shape in shapes):,}")]
     facts += [("weights", f"{os.path.getsize(folder / 'adapter_model.safetensors'):,} bytes"), ("base", base)]
+    if under := read_under(folder):
+        facts.append(("stands on", ", ".join(f"{place.name} ({_method(place)})" for place in under)))
     if not (base and (folder / base).is_dir()):
         facts += [("base found", "no: give base=FOLDER to minillm generate")]
     return _section(f"adapter {folder}", facts)
+
+
+def _method(adapter: Path) -> str:
+    return read_json(adapter / "minillm.json")["method"]
 
 
 def _section(title: str, facts: Any) -> str:

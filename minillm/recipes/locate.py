@@ -15,6 +15,7 @@ from minillm.models import Decoder, EncoderDecoder
 from minillm.models import load as load_any
 from minillm.peft import Report, load_adapter
 from minillm.recipes.head import put_new_head, read_head
+from minillm.recipes.under import put_under, read_under
 from minillm.tokenizers import Tokenizer, check_same, load_tokenizer
 from minillm.tokenizers.folder import BPE, FILES, WORDPIECE
 
@@ -22,6 +23,11 @@ from minillm.tokenizers.folder import BPE, FILES, WORDPIECE
 def quote(path: str | Path) -> str:
     """A path as one word of a command that a person may copy."""
     return shlex.quote(str(path))
+
+
+def relative_to(folder: Path, start: Path) -> str:
+    """Where `folder` is, seen from `start`: so both can be moved together."""
+    return os.path.relpath(folder.resolve(), start.resolve())
 
 
 class Located(NamedTuple):
@@ -136,6 +142,7 @@ def load(path: str | Path, *, base: str = "", device: torch.device | str = "cpu"
         )
     model, tokenizer, *_ = load_base(find_base(folder, base), device, writes=writes)
     model = put_new_head(model, head[0]).to(device) if head else model
+    put_under(model, read_under(folder))
     report = load_adapter(model, folder)
     note_untied_head(model)
     return Loaded(model.eval(), tokenizer, report, head[1] if head else ())

@@ -17,6 +17,10 @@ from minillm.recipes.info import is_hub_folder
 from minillm.recipes.locate import locate
 
 DEFAULT = "gpt2"
+DEPENDS = {  # on more than the model
+    "pruned_bitfit": "minillm tune scores all biases first, and trains pruned_bitfit.keep=0.25 of their entries",
+    "fusion": "minillm tune fuses tuned bottlenecks: adapters=a:runs/one,b:runs/two",
+}
 
 
 class Row(NamedTuple):
@@ -58,7 +62,7 @@ def describe(what: str) -> list[Row]:
             count, percent = f"{trained:,}", f"{100 * trained / _size(model):.3f}"
         except ValueError as error:
             lines = [line.strip() for line in str(error).splitlines()]
-            note = lines[1] if len(lines) > 1 else lines[0]
+            note = DEPENDS.get(name) or (lines[1] if len(lines) > 1 else lines[0])
         merges, paper = not method.cannot_merge, method.paper or "-"
         rows.append(Row(name, method.title, count, percent, merges, method.stacks, hub_type(method), paper, note))
     return rows

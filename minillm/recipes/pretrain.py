@@ -20,6 +20,7 @@ from minillm.recipes.common import (
     read_corpus,
     report_timing,
     say,
+    taken_back_if_refused,
     train,
     write_data,
 )
@@ -65,15 +66,16 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
     """
     with process_group(config.train.device):
         run = find_run(config, "pretrain", resume)
-        if not resume:
-            from_main(lambda: _prepare(run, config))
-        tokenizer = load_tokenizer(run / "tokenizer")
-        config = _with_vocabulary(dataclasses.replace(config, run=str(run)), tokenizer)
-        texts = [TokenFile.open(run / "data" / side, verify=resume) for side in ("train", "held_out")]
-        one_each = padded(texts[0], config.data)
-        rows, held_out = (Rows(file, config.data, one_each) for file in texts)
-        trainer = _trainer(config, run, tokenizer, rows, held_out)
-        train(trainer, config, "pretrain", resume)
+        with taken_back_if_refused(run):
+            if not resume:
+                from_main(lambda: _prepare(run, config))
+            tokenizer = load_tokenizer(run / "tokenizer")
+            config = _with_vocabulary(dataclasses.replace(config, run=str(run)), tokenizer)
+            texts = [TokenFile.open(run / "data" / side, verify=resume) for side in ("train", "held_out")]
+            one_each = padded(texts[0], config.data)
+            rows, held_out = (Rows(file, config.data, one_each) for file in texts)
+            trainer = _trainer(config, run, tokenizer, rows, held_out)
+            train(trainer, config, "pretrain", resume)
         from_main(lambda: _finish(trainer, tokenizer, held_out))
     return run
 
@@ -105,7 +107,7 @@ def _trainer(config: PretrainConfig, run: Path, tokenizer: Tokenizer, rows: Rows
     times = seen / rows.file.meta.num_documents if rows.padded else seen * config.data.length / len(rows.file)
     say(f"{tokenizer}; model.vocab_size is set to {tokenizer.vocab_size}")
     say(f"{count_parameters(model)['total']:,} parameters; training sees {seen:,} rows, {times:.1f} times the text")
-    callbacks = [ProgressBar("pretraining"), held_out.evaluation(), EarlyStopping()]
+    callbacks = [held_out.evaluation(), EarlyStopping(), ProgressBar("pretraining")]
     identity = {"tokenizer": tokenizer.fingerprint, "model": to_dict(config.model), "seed": config.seed}
     return Trainer(model, causal_lm_loss, rows.loader(), config.train, run, callbacks, identity)
 

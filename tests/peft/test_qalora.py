@@ -278,7 +278,7 @@ def test_what_does_not_fit(decoder):
     with pytest.raises(ValueError) as error:
         tune(decoder, QaLoraConfig(rank=2, group=10, targets=("q_proj", "down_proj", "norm", "w_proj")))
     for line in (
-        "layers.{0..2}.self_attn.q_proj: has 16 inputs, which groups of 10 do not divide; choose another `group`",
+        "layers.{0..2}.self_attn.q_proj: has 16 inputs, which groups of 10 do not divide: group=4 (qalora.group=4)",
         "norm: is a RMSNorm, not a linear layer",
         "'w_proj' matches no module",
     ):

@@ -43,7 +43,7 @@ def test_python_m_minillm_is_the_command():
 def test_every_command_has_help_with_an_example(name, capsys):
     assert main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
-    assert f"minillm {name} " in out.partition("example:")[2]
+    assert f"minillm {name}" in out.partition("example:")[2]
 
 
 def test_help_lists_every_key_with_its_default_and_comment(capsys):

@@ -97,4 +97,4 @@ def test_info_of_this_machine_says_what_runs(cli):
     code, out, _ = cli("info")
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines() if line.strip()}
     assert code == 0 and lines["torch"] == torch.__version__
-    assert lines["attention"] == "torch native: not implemented"
+    assert lines["attention"].startswith("torch native: not selected: the backend is 'torch'")

@@ -51,6 +51,8 @@ def test_what_does_not_fit_says_why(base, cli):
     out = cli("methods", base)[1]
     assert "bitfit" in out and "- bitfit: " in out  # the tiny base has no biases
     assert "- partial: lm_head.weight: its weight is tied" in out
+    assert "- fusion: minillm tune fuses tuned bottlenecks: adapters=a:runs/one,b:runs/two" in out
+    assert "- pruned_bitfit: minillm tune scores all biases first" in out
 
 
 def test_unknown_model(cli):
