@@ -5,7 +5,6 @@ matrices as they are there. Its minillm.json says so, and lets ours come back ex
 """
 
 import dataclasses
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +17,16 @@ from torch import Tensor, nn
 from minillm.config import from_dict, to_dict
 from minillm.files import atomic_folder, read_json, sha256_file, write_json
 from minillm.finetune.hub_layers import Adapter, paths_of
-from minillm.finetune.hub_rules import flaws, unmatched
+from minillm.finetune.hub_rules import unmatched
 from minillm.finetune.hub_translation import KINDS, from_hub, to_hub
 from minillm.models.families.module_names import HubNames, hub_names
 from minillm.peft import METHODS, Report, load_adapter, save_adapter
 from minillm.peft.io import FORMAT, OWN_CONFIG, PEFT_CONFIG, WEIGHTS
-from minillm.peft.method import Method, refuse
+from minillm.peft.lora_bias import if_any, without_repeats
+from minillm.peft.method import Method, Plan, refuse
 from minillm.peft.names import DEFAULT, base_parameters
+from minillm.peft.peft_fields import flaws
+from minillm.peft.peft_tasks import REASON
 from minillm.peft.record import choose, tunings_of
 
 NAMES = "transformers"  # whose names the folder has, in minillm.json
@@ -46,9 +48,10 @@ def save_hf_adapter(model: nn.Module, folder: str | Path, name: str | None = Non
         save_adapter(model, Path(temporary) / "adapter", tuning.name, base=base)
         adapter, own = _read(Path(temporary) / "adapter")
     if (kind := adapter.fields["peft_type"]) not in KINDS:
+        why = adapter.fields.get(REASON) or kind
         raise ValueError(
             f"peft cannot read {tuning.config.title or tuning.config.name} as it is on this {type(model).__name__} "
-            f"({kind}): keep it with minillm.peft.save_adapter, or where it can be merged, merge(model) and "
+            f"({why}): keep it with minillm.peft.save_adapter, or where it can be merged, merge(model) and "
             "save_hf(model); a prompt or prefix that a network makes "
             "becomes plain vectors by minillm.peft.flatten(model)"
         )
@@ -69,9 +72,10 @@ def load_hf_adapter(model: nn.Module, folder: str | Path, name: str = DEFAULT, *
     unchanged. `check_base` is about folders of ours only, since peft's do not say which weights they belong to.
     A LoRA on a fused matrix becomes one on each part, each with its own copy of A, and its part of B.
     """
-    folder, names = Path(folder), hub_names(model)
+    folder = Path(folder)
     adapter, own = _read(folder)
     _refuse_others(folder, adapter, own)
+    names = hub_names(model)
     problems = _prefix_problems(model, names, adapter.fields["peft_type"])
     config, tensors = _translate(model, names, folder, adapter, own, problems)
     refuse(problems, f"the adapter in {folder} does not fit this {type(model).__name__}, which is unchanged:")
@@ -93,9 +97,10 @@ def _translate(
     values = _base_values(model)
     if own:
         config = from_dict(METHODS[own["method"]], own.get("config"), where=f"{folder / OWN_CONFIG}: config.")
-        ours = _expected(model, config)
+        plan = config.plan(model)
+        ours = Adapter(config.to_peft(plan), config.to_peft_tensors(plan, plan.parameters))
         tensors = from_hub(names, adapter, values, problems, ours)[0].tensors
-        problems += _misfits(ours.tensors, tensors)
+        problems += _misfits(plan, config.from_peft_tensors(plan, tensors))
         return config, tensors
     config, tensors = None, adapter.tensors
     try:
@@ -104,10 +109,9 @@ def _translate(
         translated, modules = from_hub(names, adapter, values, problems, None)
         tensors = translated.tensors
         config = _method(adapter.fields["peft_type"]).from_peft(translated.fields, model)
-        config = dataclasses.replace(config, trainable=modules)
-        problems += _misfits(_expected(model, config).tensors, tensors)
-    except re.error as error:
-        problems.append(f"{PEFT_CONFIG}: {error.pattern!r} is no regular expression: {error}")
+        config = if_any(dataclasses.replace(config, trainable=modules), model)
+        plan = config.plan(model)
+        problems += _misfits(plan, config.from_peft_tensors(plan, tensors))
     except ValueError as error:
         problems += str(error).splitlines()
     return config, tensors
@@ -118,15 +122,9 @@ def _method(peft_type: str) -> type[Method]:
     return next(cls for cls in METHODS.values() if cls.peft_type == peft_type)
 
 
-def _expected(model: nn.Module, config: Method) -> Adapter:
-    """What `save_adapter` would write of it, the tensors with shapes alone."""
-    plan = config.plan(model)
-    return Adapter(config.to_peft(plan), config.to_peft_tensors(plan, plan.parameters))
-
-
-def _misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is missing, left over or of another shape, by the names that `save_adapter` uses."""
-    shapes, found = ({key: tuple(t.shape) for key, t in named.items()} for named in (expected, tensors))
+def _misfits(plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is missing, left over or of another shape, by our names."""
+    shapes, found = ({key: tuple(t.shape) for key, t in named.items()} for named in (plan.parameters, tensors))
     wrong = [f"missing:    {key} {shape}" for key, shape in shapes.items() if key not in found]
     wrong += [f"unexpected: {key} {shape}" for key, shape in found.items() if key not in shapes]
     both = (key for key in shapes if key in found and shapes[key] != found[key])
@@ -140,7 +138,7 @@ def _read(folder: Path) -> tuple[Adapter, dict[str, Any]]:
         raise ValueError(f"{folder / PEFT_CONFIG}: expected an object with a peft_type, got {type(fields).__name__}")
     if (folder / OWN_CONFIG).exists():
         own = read_json(folder / OWN_CONFIG)
-        if not isinstance(own, dict) or own.get("format") != FORMAT or own.get("method") not in METHODS:
+        if not isinstance(own, dict) or own.get("format") != FORMAT or own.get("method") not in list(METHODS):
             raise ValueError(
                 f"{folder / OWN_CONFIG} is of another minillm: this one reads format {FORMAT} and the methods "
                 f"{', '.join(METHODS)}"
@@ -151,7 +149,7 @@ def _read(folder: Path) -> tuple[Adapter, dict[str, Any]]:
     if own and sha256_file(path) != own.get("weights_sha256"):
         raise ValueError(f"{path} is damaged: its checksum is not the one in {OWN_CONFIG}; copy it again")
     try:
-        return Adapter(fields, load_file(path)), own
+        return Adapter(fields, without_repeats(load_file(path))), own
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 

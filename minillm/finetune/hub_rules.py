@@ -14,18 +14,6 @@ NUMBERED = r"(?:^|.*?\.){}\.(\d+)\."  # the first layer's number behind a module
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-def flaws(fields: Mapping[str, Any]) -> list[str]:
-    """What has a type or a size that peft would not write, a line each."""
-    wrong = []
-    for names, fits, expected in _TYPES:
-        wrong += [
-            f"{name}={fields[name]!r}: expected {expected}"
-            for name in names
-            if fields.get(name) is not None and not fits(fields[name])
-        ]
-    return wrong
-
-
 def targeted(fields: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     """The paths that `target_modules`, `exclude_modules` and `layers_to_transform` mean."""
     targets, excluded = fields.get("target_modules") or (), fields.get("exclude_modules") or ()
@@ -83,6 +71,13 @@ def taken(path: str, ends: Collection[str]) -> bool:
     return any(".".join(parts[:i]).endswith(tuple(ends)) for i in range(1, len(parts) + 1))
 
 
+def trains(fields: Mapping[str, Any], name: str, adapted: Collection[str]) -> bool:
+    """Whether `bias` lets a parameter train beside the adapters of the modules `adapted`."""
+    module, _, leaf = name.rpartition(".")
+    which = fields.get("bias") or "none"
+    return leaf == "bias" and (which == "all" or (which == "lora_only" and module in adapted))
+
+
 def _means(targets: Any, path: str) -> bool:
     """A text is a regular expression for the whole path, a list has ends of it."""
     if isinstance(targets, str):
@@ -96,34 +91,3 @@ def _layer(path: str, patterns: Any) -> int | None:
         if found := re.match(NUMBERED.format(name), path):
             return int(found[1])
     return None
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
-
-
-_TYPES = (
-    (
-        ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"),
-        lambda v: isinstance(v, str) or _is_texts(v),
-        "names, or a regular expression",
-    ),
-    (("modules_to_save",), _is_texts, "a list of names"),
-    (
-        ("layers_to_transform",),
-        lambda v: type(v) is int or (isinstance(v, list) and all(type(i) is int for i in v)),
-        "numbers of layers",
-    ),
-    (("r", "num_virtual_tokens"), _is_rank, "a whole number, at least 1"),
-    (("lora_alpha",), _is_number, "a number above 0"),
-    (("rank_pattern",), lambda v: isinstance(v, dict) and all(map(_is_rank, v.values())), "an object of ranks"),
-    (("alpha_pattern",), lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "an object of numbers"),
-)

@@ -17,7 +17,7 @@ from minillm.finetune.hub_layers import (
     lora_to_hub,
     same,
 )
-from minillm.finetune.hub_rules import HEADS, taken
+from minillm.finetune.hub_rules import HEADS, taken, trains
 from minillm.models.families.family import LM
 from minillm.models.families.keys import Entry
 from minillm.models.families.module_names import HubNames, split
@@ -30,7 +30,7 @@ KINDS = (*LAYERS, *PROMPTS)
 PROMPT_KEY = "prompt_embeddings"
 EMBEDDED = ".base_layer.weight"  # peft puts the base's embedding into the file when it is a target
 DROPPED = (  # fields of theirs that have become targets and modules of ours
-    *("fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
+    *("fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
 )
 TASKS = {  # of our heads and bodies -> peft's; masked language models and choices have none there
     "classification": "SEQ_CLS",
@@ -91,8 +91,13 @@ def from_hub(
         saved = (*(fields.get("modules_to_save") or ()), *HEADS.get(fields.get("task_type"), ()))
         entries = [names.state[key] for key in rest if key in names.state and taken(_module(key), saved)]
         keys = {name: before + name for entry in entries for name in entry.parameters}
-        why = "trained beside it (bias: all or lora_only), which our LoRA does not do"
+        modules = tuple(dict.fromkeys(_module(name) for name in whole if name in keys))
+        adapted = _sort(adapter._replace(tensors=out.tensors))[0]
+        biases = [name for name in whole if name not in keys and trains(fields, name, adapted)]
+        keys |= {name: before + name for name in biases}
+        why = "the file has other values than the base, yet neither `bias` nor `modules_to_save` lets it train"
     else:  # beside it may be a head that did not train
+        modules = ()
         keys = {_above(key.removeprefix(before)): key for key in ours.tensors}
         why = "the file has other values than the base, yet it did not train"
     if changed := [name for name in whole if name not in keys and not same(whole[name], values[name])]:
@@ -100,7 +105,7 @@ def from_hub(
     whole = {name: tensor for name, tensor in whole.items() if name in keys}
     tensors = out.tensors | {keys[name]: tensor for name, tensor in whole.items()} | prompt
     said = {name: value for name, value in fields.items() if name not in DROPPED}
-    return Adapter(said | out.fields, tensors), tuple(dict.fromkeys(map(_module, whole)))
+    return Adapter(said | out.fields, tensors), modules
 
 
 def _sort(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from minillm.peft.fingerprint import fingerprint
 from minillm.peft.method import Method, Plan, refuse
 from minillm.peft.methods import METHODS
 from minillm.peft.names import DEFAULT, original_parameters
+from minillm.peft.peft_fields import flaws
 from minillm.peft.record import Tuning, choose, record_of, tunings_of
 from minillm.peft.switch import activate
 from minillm.peft.tune import Report, taken, tune
@@ -148,6 +149,7 @@ def _config(model: nn.Module, folder: Path) -> tuple[Method, dict[str, Any]]:
         path, types = folder / PEFT_CONFIG, {cls.peft_type: cls for cls in reversed(list(METHODS.values()))}
         fields = read_json(path)
         cls = _choose(path, types, fields, "peft_type")
+        refuse(flaws(fields), f"{path}:")
         try:
             return cls.from_peft(fields, model), {}
         except ValueError as error:

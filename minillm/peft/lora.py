@@ -4,13 +4,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from minillm.peft import patterns
 from minillm.peft.linears import adapter_dtype, features, is_linear
+from minillm.peft.lora_bias import BIASES, LoraPlan, if_any, our_names, peft_name, with_biases, without_repeats
 from minillm.peft.lora_embedding import LoRAEmbedding
 from minillm.peft.lora_linear import LoRALinear, rank_problem
 from minillm.peft.method import PREFIX, AdapterConfig, Plan, refuse
@@ -35,6 +36,8 @@ class LoraConfig(AdapterConfig):
     layer but the output head. Trainable values: R * (Din + Dout), summed over the layers; an embedding has Din = V.
     `rank_pattern` and `alpha_pattern` give some targets a value of their own: (("v_proj", 4),) or {"v_proj": 4}, on the
     command line lora.rank_pattern=v_proj:4,k_proj:2. A target's whole path goes before ends of it.
+    `bias` trains biases of the base beside the adapters, of which each adapter has its own copy: "lora_only" those of
+    the adapted layers, Dout values each, "all" every bias of the model. A model that has none is refused.
     `trainable` names modules that train in full beside the adapters and are saved with them, such as a new head.
     """
 
@@ -51,6 +54,7 @@ class LoraConfig(AdapterConfig):
     rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()  # q_proj:4,v_proj:8
     alpha_pattern: tuple[tuple[str, float], ...] = ()  # q_proj:8,v_proj:16
+    bias: Literal["none", "all", "lora_only"] = "none"
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -67,11 +71,13 @@ class LoraConfig(AdapterConfig):
             problems.append(f"dropout: a probability in [0, 1), not {self.dropout!r}")
         if type(self.rslora) is not bool:
             problems.append(f"rslora: True or False, not {self.rslora!r}")
+        if self.bias not in BIASES:
+            problems.append(f"bias: one of {', '.join(BIASES)}, not {self.bias!r}")
         if self.targets == ():
             problems.append(f'targets: name at least one, such as "q_proj", or "{ALL_LINEAR}"')
         return problems
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module) -> LoraPlan:
         keys = {name: [key for key, _ in getattr(self, name)] for name in ("rank_pattern", "alpha_pattern")}
         found = find_targets(
             model,
@@ -90,7 +96,7 @@ class LoraConfig(AdapterConfig):
             leaf_a, leaf_b = EMBEDDING_LEAVES if is_embedding(layer) else LINEAR_LEAVES
             parameters[f"{name}.{leaf_a}"] = torch.empty(rank, size_in, **like)
             parameters[f"{name}.{leaf_b}"] = torch.empty(size_out, rank, **like)
-        return found.plan(parameters)
+        return with_biases(found.plan(parameters), model, self.bias)
 
     def install(self, model: nn.Module, plan: Plan) -> None:
         layers = {name: layer for name, _, layer in base_modules(model)}
@@ -122,7 +128,7 @@ class LoraConfig(AdapterConfig):
             "rank_pattern": patterns.to_peft(self.rank_pattern),
             "alpha_pattern": patterns.to_peft(self.alpha_pattern),
             "modules_to_save": list(plan.whole) or None,  # peft looks at the end of the text, not of the path
-            "bias": "none",
+            "bias": self.bias,
             "fan_in_fan_out": False,  # peft sees a Conv1D by itself
             "init_lora_weights": True,
             "use_dora": False,
@@ -130,13 +136,12 @@ class LoraConfig(AdapterConfig):
 
     def to_peft_tensors(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """peft's adapters are linear layers with a weight each, but in embeddings."""
-        return {PREFIX + name + _weight(name): tensor for name, tensor in tensors.items()}
+        return {PREFIX + peft_name(name, plan) + _weight(name): tensor for name, tensor in tensors.items()}
 
-    def from_peft_tensors(self, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        return {
-            short if _weight(short := name.removesuffix(".weight")) else name: tensor for name, tensor in names.items()
-        }
+    def from_peft_tensors(self, plan: LoraPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = {key.removeprefix(PREFIX): tensor for key, tensor in without_repeats(tensors).items()}
+        short = {name: name.removesuffix(".weight") for name in names}
+        return our_names(plan, {short[n] if _weight(short[n]) else n: tensor for n, tensor in names.items()})
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any], model: nn.Module) -> "LoraConfig":
@@ -158,13 +163,14 @@ class LoraConfig(AdapterConfig):
             "rslora": bool(rest.pop("use_rslora", False)),
             "rank_pattern": ranks,
             "alpha_pattern": {key: float(alpha) for key, alpha in alphas.items()},
+            "bias": rest.pop("bias", None) or "none",
             "trainable": tuple(name for end in saved for name in ends[end] or ([] if any(ends.values()) else [end])),
         }
         if rest.get("init_lora_weights") in (True, False, "gaussian"):  # the others change the base as well
             rest.pop("init_lora_weights")
-        unknown = [f"{name} = {value!r}" for name, value in rest.items() if value and value != "none"]
+        unknown = [f"{name} = {value!r}" for name, value in rest.items() if value]
         refuse(unknown, "the adapter needs what this LoRA cannot do:")
-        return cls(**config)
+        return if_any(cls(**config), model)
 
 
 def is_embedding(module: nn.Module) -> bool:

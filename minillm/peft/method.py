@@ -33,6 +33,11 @@ class Plan:
         """The number of trainable values, by formula."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """What to name in a report of it."""
+        return self.adapted + self.whole
+
 
 class CannotMerge(ValueError):
     """The adapter cannot become part of the base's weights; the message says why."""

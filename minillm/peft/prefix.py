@@ -15,8 +15,9 @@ from minillm.peft.doors import enter
 from minillm.peft.linears import adapter_dtype, device_of
 from minillm.peft.method import AdapterConfig, Plan, refuse
 from minillm.peft.names import base_modules, find, join, names_of, ties_across
+from minillm.peft.peft_tasks import saved_modules
 from minillm.peft.prefix_attention import PrefixAttention, PrefixGate, PrefixNetwork, PrefixPositions
-from minillm.peft.prefix_files import PEFT_KEY, describe, join_layers, order, peft_parts, split_layers
+from minillm.peft.prefix_files import PEFT_KEY, describe, join_layers, peft_parts, split_layers
 from minillm.peft.prefix_sites import Site, computed, sites_of
 from minillm.peft.record import Tuning
 from minillm.peft.replace import wrap_modules
@@ -30,10 +31,10 @@ Make = Callable[[str, nn.Module], PrefixAttention | PrefixPositions]
 
 @dataclasses.dataclass(frozen=True)
 class PrefixPlan(Plan):
-    """A plan that knows for peft's files what model it is for, and where in them each layer's prefix stands."""
+    """A plan that knows for peft's files what model it is for."""
 
     peft: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    order: tuple[int, ...] = ()
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,8 @@ class PrefixConfig(AdapterConfig):
         parameters |= {name: torch.empty_like(p, device="meta") for name, p in parameters_in(model, roots).items()}
         relative = [join(stack, RELATIVE) for stack in self._moved(sites) if sites[0].config.positions == "relative"]
         adapted = (*(site.name for site in sites), *relative)
-        plain = not (self.gated or self.projection_size)
-        return PrefixPlan(adapted, tuple(roots), parameters, describe(model, sites, plain), order(sites))
+        described = describe(model, sites, plain=not (self.gated or self.projection_size))
+        return PrefixPlan(adapted, tuple(roots), parameters, described, sites[0].config.kind)
 
     def install(self, model: nn.Module, plan: PrefixPlan) -> None:
         sites = self._sites(model, [])
@@ -150,9 +151,8 @@ class PrefixConfig(AdapterConfig):
                 "transformers with minillm.load)"
             )
             return []
-        config = sites[0].config
-        there = {site.part for site in sites}
-        problems += [f"parts: it has no {part!r}, only {', '.join(sorted(there))}" for part in set(self.parts) - there]
+        config, there = sites[0].config, sorted({site.part for site in sites})
+        problems += [f"parts: it has no {p!r}, only {', '.join(there)}" for p in self.parts if p not in there]
         if not self.gated and self.length >= config.max_positions:
             most = f"max_positions={config.max_positions}"
             problems.append(f"length={self.length} leaves no position for a text: the model has {most}")
@@ -171,18 +171,18 @@ class PrefixConfig(AdapterConfig):
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any], model: nn.Module) -> "PrefixConfig":
         """A network is gone from peft's files, also where they say that there was one."""
-        trainable = tuple(fields.get("modules_to_save") or ())
-        return cls(length=fields.get("num_virtual_tokens"), parts=peft_parts(fields, model), trainable=trainable)
+        length = fields.get("num_virtual_tokens")
+        return cls(length=length, parts=peft_parts(fields, model), trainable=saved_modules(fields, model))
 
     def to_peft_tensors(self, plan: PrefixPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "token_dim" not in plan.peft:
             return super().to_peft_tensors(plan, tensors)
-        return join_layers(_prefixes(plan), plan.order, tensors)
+        return join_layers(_prefixes(plan), plan.kind, plan.peft["num_layers"], tensors)
 
     def from_peft_tensors(self, plan: PrefixPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if PEFT_KEY not in tensors:
             return super().from_peft_tensors(plan, tensors)
-        return split_layers(_prefixes(plan), plan.order, tensors)
+        return split_layers(names := _prefixes(plan), plan.kind, plan.parameters[names[0]].shape[1], tensors)
 
     def flatten(self, model: nn.Module, tuning: Tuning) -> None:
         if not self.projection_size:

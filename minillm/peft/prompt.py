@@ -15,6 +15,7 @@ from minillm.peft.doors import enter, entrances
 from minillm.peft.linears import device_of
 from minillm.peft.method import PREFIX, AdapterConfig, Plan, refuse
 from minillm.peft.names import base_modules, find, join, ties_across
+from minillm.peft.peft_tasks import POOLED, described, refuse_task, saved_modules
 from minillm.peft.prompt_gate import PromptGate, embedding, entry
 from minillm.peft.targets import parameters_in
 
@@ -155,15 +156,8 @@ class PromptConfig(SoftPrompt):
 
 def config_from_peft(fields: Mapping[str, Any], model: nn.Module) -> PromptConfig:
     """What peft's prompt tuning and P-tuning leave behind: the vectors alone."""
-    task = fields.get("task_type")
-    if task in ("SEQ_CLS", "QUESTION_ANS"):
-        raise ValueError(
-            f"peft's {task} reads the states of its virtual tokens as if they were the text's (the first in place of "
-            "[CLS], spans counted with them), so this prompt and its head would mean something else here: train again"
-        )
-    modules = [name for name, _, _ in base_modules(model)]
-    saved = [end for end in fields.get("modules_to_save") or () if find(modules, [end], [], "")]  # of all peft knows
-    return PromptConfig(length=fields.get("num_virtual_tokens"), trainable=tuple(saved))
+    refuse_task(fields, model, "".join(_reason(model, body) for _, body in entrances(model)))
+    return PromptConfig(length=fields.get("num_virtual_tokens"), trainable=saved_modules(fields, model))
 
 
 @torch.no_grad()
@@ -180,21 +174,33 @@ def _key(name: str, plan: Plan) -> str:
 
 
 def _describe(model: nn.Module, body: nn.Module) -> dict[str, Any]:
-    """The fields of adapter_config.json that describe the model.
-
-    Where peft has no such model, or would compute something else (on a classifier it pools a virtual token in place of
-    [CLS]), the type is one that it refuses.
-    """
-    kind, config = getattr(body.config, "kind", None), body.config
-    language_model = model is body and getattr(body, "lm_head", None) is not None
-    tasks = {("decoder", "embeds"): "CAUSAL_LM", ("encoder_decoder", "source_embeds"): "SEQ_2_SEQ_LM"}
-    task = tasks.get((kind, entry(body))) if language_model else None
-    if task is None and (kind != "encoder" or model is not body):
-        return {"peft_type": "MINILLM_PROMPT_TUNING"}
-    return {
-        "task_type": task or "FEATURE_EXTRACTION",
-        "token_dim": config.hidden_size,
-        "num_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+    """The fields of adapter_config.json that describe the model."""
+    fields = described(model, PromptConfig.peft_type, _reason(model, body))
+    if "task_type" not in fields:
+        return fields
+    return fields | {
+        "token_dim": body.config.hidden_size,
+        "num_layers": body.config.num_layers,
+        "num_attention_heads": body.config.num_heads,
         "num_transformer_submodules": 1,  # the source of an encoder-decoder; with peft's 2 the second half never trains
     }
+
+
+def _reason(model: nn.Module, body: nn.Module) -> str:
+    """Why peft computes something else with a prompt, if it does."""
+    head, kind = getattr(model, "head_config", None), getattr(body.config, "kind", None)
+    if head is None:
+        return ""
+    if kind == "encoder_decoder":
+        return "transformers' heads on encoder-decoders take no embeddings, by which a prompt enters"
+    if head.task == "span":
+        return (
+            "peft counts the places of an answer from its first virtual token on, in training too: they would be off "
+            "by the prompt's length"
+        )
+    if head.task in POOLED and (kind, head.pool) != ("decoder", "last"):
+        return (
+            "peft reads the state of its first virtual token in place of the text's first one, [CLS], so prompt and "
+            "head mean something else there"
+        )
+    return ""

@@ -64,7 +64,8 @@ def own_copies(config: Method, plan: Plan, stood: Slots, stands: Slots) -> list[
     }
     own = []
     for key, slot in trained.items():
-        was = stood[key].own if key in stood else None
+        moved = slot.own if id(slot.own) in before else None  # to a module that install made, such as a quantized one
+        was = stood[key].own if key in stood else moved
         own.append(Slot(names[id(slot.own)], slot.module, slot.leaf, copies[id(slot.own)], was))
         own[-1].put(own=True)
     return own

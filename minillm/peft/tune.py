@@ -38,7 +38,7 @@ from minillm.peft.slots import own_copies, slots_of
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `tune` did: the modules it touched (original paths) and how many of the model's values train."""
+    """What `tune` did: the modules it touched (original paths; of biases alone, theirs) and how many values train."""
 
     method: str
     modules: tuple[str, ...]
@@ -90,7 +90,7 @@ def tune(model: nn.Module, config: Method, name: str = DEFAULT) -> Report:
         trainable = sum(parameter.numel() for parameter in tuning.parameters().values())
         assert trainable == plan.count, f"{trainable} values train, the formula says {plan.count}"
         total = sum(p.numel() for p in original_parameters(model).values()) + coded_values(model)
-    return Report(config.name, plan.adapted + plan.whole, trainable, total)
+    return Report(config.name, plan.touched, trainable, total)
 
 
 def _warn_of_statistics(model: nn.Module) -> None:

@@ -50,6 +50,7 @@ T5 = dict(
     num_heads=4,
     decoder_start_token_id=0,
 )
+DISTILBERT = dict(vocab_size=VOCAB, dim=24, n_heads=4, hidden_dim=40, n_layers=2)
 LABELS = dict(num_labels=3)
 MODELS = {  # name -> class in transformers, the fields of its config
     "gpt2": ("GPT2LMHeadModel", GPT2),
@@ -68,11 +69,20 @@ MODELS = {  # name -> class in transformers, the fields of its config
     "roberta-classifier": ("RobertaForSequenceClassification", BERT | LABELS | dict(type_vocab_size=1)),
     "roberta-choice": ("RobertaForMultipleChoice", BERT | dict(type_vocab_size=1)),
     "camembert-tagger": ("CamembertForTokenClassification", BERT | LABELS | dict(type_vocab_size=1)),
-    "distilbert": ("DistilBertModel", dict(vocab_size=VOCAB, dim=24, n_heads=4, hidden_dim=40, n_layers=2)),
-    "distilbert-classifier": (
-        "DistilBertForSequenceClassification",
-        dict(vocab_size=VOCAB, dim=24, n_heads=4, hidden_dim=40, n_layers=2) | LABELS,
-    ),
+    "distilbert": ("DistilBertModel", DISTILBERT),
+    "distilbert-classifier": ("DistilBertForSequenceClassification", DISTILBERT | LABELS),
+    "distilbert-tagger": ("DistilBertForTokenClassification", DISTILBERT | LABELS),
+    "bert-body": ("BertModel", BERT | dict(pad_token_id=0)),
+    "bert-tagger": ("BertForTokenClassification", BERT | LABELS | dict(pad_token_id=0)),
+    "bert-choice": ("BertForMultipleChoice", BERT | dict(pad_token_id=0)),
+    "roberta-span": ("RobertaForQuestionAnswering", BERT | dict(type_vocab_size=1)),
+    "gpt2-body": ("GPT2Model", GPT2),
+    "gpt2-tagger": ("GPT2ForTokenClassification", GPT2 | LABELS),
+    "llama-span": ("LlamaForQuestionAnswering", LLAMA | dict(pad_token_id=0)),
+    "t5-even": ("T5ForConditionalGeneration", T5 | dict(num_decoder_layers=2)),
+    "t5-classifier": ("T5ForSequenceClassification", T5 | LABELS),
+    "bart-even": ("BartForConditionalGeneration", BART | dict(decoder_layers=2)),
+    "bart-span": ("BartForQuestionAnswering", BART),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-body": ("T5Model", T5),
     "bart": ("BartForConditionalGeneration", BART),

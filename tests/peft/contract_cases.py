@@ -154,11 +154,16 @@ ROUNDED = {
 KEY_BIAS = "softmax does not change when all scores of a query move by q.b_k, so key biases have no gradient"
 
 
-def _give_biases(model: nn.Module) -> None:
+def _give_biases(model: nn.Module, without: tuple[str, ...] = ("lm_head",)) -> None:
     """Every linear layer but the language model's head has a bias from here on."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and layer.bias is None and name != "lm_head":
+        if isinstance(layer, nn.Linear) and layer.bias is None and not name.endswith(without):
             layer.bias = nn.Parameter(0.1 * torch.randn(layer.out_features))
+
+
+def _give_biases_but_to_keys(model: nn.Module) -> None:
+    """The decoder's rotary positions would let key biases train, and in the other models they do not."""
+    _give_biases(model, ("lm_head", "k_proj"))
 
 
 def two_adapters(model: nn.Module) -> None:
@@ -172,7 +177,7 @@ def two_adapters(model: nn.Module) -> None:
     activate(model, "a", "b", train=())
 
 
-CASES: dict[str, Case] = {
+CASES: dict[str, Case] = {  # by the method's name; a further case of it has a + and a word behind that
     "lora": Case(
         LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "mlp.up_proj")),
         {
@@ -180,6 +185,29 @@ CASES: dict[str, Case] = {
             "encoder": 2 * 3 * ((12 + 12) + (12 + 18)),
             "encoder_decoder": 3 * (6 * (12 + 12) + 4 * (12 + 14)),
         },
+    ),
+    "lora+its_biases": Case(
+        LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "mlp.up_proj"), bias="lora_only"),
+        {
+            "decoder": 3 * (3 * ((16 + 16) + (16 + 20)) + 16 + 20),
+            "encoder": 2 * (3 * ((12 + 12) + (12 + 18)) + 12 + 18),
+            "encoder_decoder": 6 * (3 * (12 + 12) + 12) + 4 * (3 * (12 + 14) + 14),
+        },
+        prepare=_give_biases,
+    ),
+    "lora+all_biases": Case(
+        {
+            "decoder": LoraConfig(rank=3, alpha=5.0, bias="all"),
+            "encoder": LoraConfig(rank=3, alpha=5.0, bias="all", trainable=("classifier",)),
+            "encoder_decoder": LoraConfig(rank=3, alpha=5.0, bias="all"),
+        },
+        {
+            "decoder": 3 * (3 * ((16 + 16) + (16 + 8)) + 2 * 16 + 8 + 2 * 20 + 16),
+            "encoder": 2 * (3 * 2 * (12 + 12) + 4 * 12 + 2 * 12 + 18 + 12) + 12 + 12 + (12 * 3 + 3),
+            "encoder_decoder": 6 * 3 * 2 * (12 + 12) + 4 * (4 * 12 + 2 * 12 + 14 + 12) + 2 * (4 * 12 + 12) + 2 * 12,
+        },
+        dead={"k_proj.bias": KEY_BIAS},
+        prepare=_give_biases_but_to_keys,
     ),
     "qlora": Case(
         QLoraConfig(rank=3, alpha=5.0, block=16),

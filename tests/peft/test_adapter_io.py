@@ -105,7 +105,7 @@ def test_regular_expression_and_all_linear_targets(llama, tokens, perturb, tmp_p
     torch.testing.assert_close(third(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}])
 def test_what_peft_can_and_we_cannot_is_refused(saved, change):
     base, folder = saved
     edit(folder / "adapter_config.json", **change)

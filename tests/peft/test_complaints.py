@@ -492,8 +492,8 @@ def test_toy_mistake_alpha_equal_to_rank():
         for kind in KINDS:
             config = case.of(kind)
             if hasattr(config, "alpha"):
-                scales[name, kind] = config.alpha / config.rank
-                assert scales[name, kind] != 1, (name, kind)
+                scales[config.name, kind] = config.alpha / config.rank
+                assert scales[config.name, kind] != 1, (name, kind)
     assert {name for name, _ in scales} == {name for name in METHODS if hasattr(METHODS[name], "alpha")}
 
 

@@ -87,7 +87,7 @@ def assert_same_bits(model, before):
 
 
 def test_every_method_has_a_case():
-    assert set(CASES) == set(METHODS)
+    assert {name.partition("+")[0] for name in CASES} == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -271,10 +271,10 @@ def test_a_tagger_s_prompt_and_head_are_read(tokens, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS"])
-def test_a_prompt_for_pooled_virtual_tokens_is_refused(task, tiny_decoder, tmp_path):
+def test_a_prompt_that_was_trained_under_a_head_wants_such_a_head(task, tiny_decoder, tmp_path):
     fields = {"peft_type": "PROMPT_TUNING", "task_type": task, "num_virtual_tokens": P}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=f"peft's {task} reads the states of its virtual tokens"):
+    with pytest.raises(ValueError, match=f"trained for peft's {task}, and this Decoder is for CAUSAL_LM"):
         load_adapter(tiny_decoder, tmp_path)
 
 
