@@ -3,11 +3,13 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an oracle that asks the network would fail differently on every machine
+os.environ.setdefault("MINILLM_BACKEND", "torch")  # the same on every machine; tests of kernels ask for them by name
 
 import pytest
 import torch
 
 from minillm.models import Decoder, ModelConfig, build
+from minillm.ops import native
 
 HF_NAMES = {  # ours -> LlamaForCausalLM
     "attn_norm": "input_layernorm",
@@ -19,6 +21,14 @@ HF_NAMES = {  # ours -> LlamaForCausalLM
 def _same_start():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def native_library():
+    """The native kernels, built now if they are not; skips where this machine has no compiler for them."""
+    if reason := native.obstacle("cpu"):
+        pytest.skip(f"no native kernels: {reason}")
+    native.load_or_build()
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def beam_search(
     running = _empty(tokens, 1, score=0.0)  # the prompt itself: one beam of probability 1
     finished = _empty(tokens, num_beams, score=-math.inf)  # none yet
     done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    with DecodeMode(model, copy_weights=max_new_tokens >= 8):
+    with DecodeMode(model, rows=len(tokens) * num_beams, prepare=max_new_tokens >= 8):
         next_logits = NextLogits(model, mask, max_new_tokens, cache)
         for length in range(1, max_new_tokens + 1):
             log_probs = next_logits(tokens).log_softmax(-1)  # (B * beams, V)

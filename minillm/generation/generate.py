@@ -78,7 +78,7 @@ def _steps(
 ) -> Iterator[Tensor]:
     next_logits = NextLogits(model, mask, max_new_tokens, cache)
     so_far = tokens if mask is None else tokens.masked_fill(~mask, -1)  # (B, T), what the filters see
-    mode = DecodeMode(model, copy_weights=max_new_tokens >= 8)  # the copy costs about what 4 steps gain
+    mode = DecodeMode(model, rows=len(tokens), prepare=max_new_tokens >= 8)  # a copy costs what 4 steps gain
     for num_new in range(max_new_tokens):
         with mode:
             logits = next_logits(tokens)

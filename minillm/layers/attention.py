@@ -59,6 +59,7 @@ class Attention(nn.Module):
         source: Float[Tensor, "B S0 D"] | None = None,
         mask: Bool[Tensor, "#B #H #T S1"] | None = None,
         causal: bool = False,
+        window: int = 0,
         rotation: Rotation | None = None,
         bias: Float[Tensor, "#B #H #T S2"] | None = None,
         cache: KVCache | MemoryCache | None = None,
@@ -68,33 +69,34 @@ class Attention(nn.Module):
 
         `mask` (True = may see) and `bias` (added to the scores) speak of all tokens, cached ones included. A learned
         prefix in the cache is seen by all, with no bias, unless they speak of it, too.
-        `causal`: a query sees no later position.
+        `causal`: a query sees no later position, and with a `window` only the newest so many, its own among them.
         `rotation`: cosines and sines that turn queries and keys. `cache` keeps this call's keys and values; a
         MemoryCache keeps those of `source` with its mask, and once filled it stands for both.
         `beside`: further keys and values, each read by a softmax of their own and added.
         """
-        q, k, v, mask, bias = self._project(x, source, mask, rotation, bias, cache)
+        q, k, v, seen = self._project(x, source, mask, causal, window, rotation, bias, cache)
         dropout = self.dropout if self.training else 0.0
-        y = ops.attention(q, k, v, mask=mask, causal=causal, bias=bias, scale=self.scale, dropout=dropout)
+        y = ops.attention(q, k, v, **seen, scale=self.scale, dropout=dropout)
         for keys, values, share in beside:
             k, v = (x.to(q.dtype).expand(len(q), -1, -1, -1) for x in (keys, values))
             y = y + share.to(y.dtype) * ops.attention(q, k, v, scale=self.scale, dropout=dropout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def weights(
-        self, x: Tensor, *, source=None, mask=None, causal=False, rotation=None, bias=None, cache=None, beside=()
+        self, x, *, source=None, mask=None, causal=False, window=0, rotation=None, bias=None, cache=None, beside=()
     ) -> Float[Tensor, "B H T S"]:
         """The attention weights of that call of `forward`, for looking at: without those of `beside`.
 
         A `cache` is left as it is, so that the call itself can follow.
         """
-        q, k, _, mask, bias = self._project(x, source, mask, rotation, bias, copy.copy(cache))
-        return ops.attention_weights(q, k, mask=mask, causal=causal, bias=bias, scale=self.scale)
+        q, k, _, seen = self._project(x, source, mask, causal, window, rotation, bias, copy.copy(cache))
+        return ops.attention_weights(q, k, **seen, scale=self.scale)
 
-    def _project(self, x, source, mask, rotation, bias, cache):
+    def _project(self, x, source, mask, causal, window, rotation, bias, cache):
+        """Queries, keys, values, and what attention is told of who sees whom."""
         q = self._heads(self.q_proj(x), self.q_norm)  # (B, H, T, K)
         if isinstance(cache, MemoryCache) and cache.filled:
-            return q, cache.keys, cache.values, cache.mask, bias
+            return q, cache.keys, cache.values, {"mask": cache.mask, "causal": causal, "bias": bias}
         source = x if source is None else source
         k, v = self._heads(self.k_proj(source), self.k_norm), self._heads(self.v_proj(source))  # (B, G, S, K)
         if rotation is not None:
@@ -109,10 +111,11 @@ class Attention(nn.Module):
                 )
         if isinstance(cache, MemoryCache):
             cache.fill(k, v, mask)
-            return q, cache.keys, cache.values, cache.mask, bias
+            return q, cache.keys, cache.values, {"mask": cache.mask, "causal": causal, "bias": bias}
         if cache is not None:
             k, v = cache.update(k, v)
-        return q, k, v, _over_prefix(mask, k.shape[2], True), _over_prefix(bias, k.shape[2], 0.0)
+        mask, bias = _over_prefix(mask, k.shape[2], True), _over_prefix(bias, k.shape[2], 0.0)
+        return q, k, v, {"mask": mask, "causal": causal, "window": window, "prefix": prefix, "bias": bias}
 
     def _heads(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(B, T, H K) to (B, H, T, K), each head's K features normalised if asked."""

@@ -44,6 +44,7 @@ class Block(nn.Module):
         context: Float[Tensor, "B S1 D"] | None = None,
         mask: Bool[Tensor, "#B #H #T S1"] | None = None,
         causal: bool = False,
+        window: int = 0,
         rotation: Rotation | None = None,
         bias: Float[Tensor, "#B #H #T S3"] | None = None,
         cache: KVCache | None = None,
@@ -58,7 +59,7 @@ class Block(nn.Module):
         """
         if context is not None and self.norm_first:
             context = self.attn_norm(context)
-        options = {"mask": mask, "causal": causal, "rotation": rotation, "bias": bias, "cache": cache}
+        options = {"mask": mask, "causal": causal, "window": window, "rotation": rotation, "bias": bias, "cache": cache}
         x = self._add(x, self.attn_norm, lambda h: self.self_attn(h, source=context, **options))
         if self.cross_attn is not None:
             read = None if cache is None else cache.memory

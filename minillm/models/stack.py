@@ -131,17 +131,8 @@ class Stack(nn.Module):
             bias = self.relative_positions(queries, keys).to(x.dtype)
         if mask is not None:
             mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
-        seen = {}  # window -> mask; the layers have one or two different windows
-
-        def of_layer(i: int) -> dict:
-            window = c.window(i)
-            window = 0 if window >= keys else window
-            if window not in seen:
-                seen[window] = _visible(mask, queries, keys, window, x.device) if self.causal else mask
-            causal = self.causal and seen[window] is None
-            return {"mask": seen[window], "causal": causal, "rotation": rotation, "bias": bias}
-
-        return of_layer
+        told = {"mask": mask, "causal": self.causal, "rotation": rotation, "bias": bias}
+        return lambda i: told | {"window": c.window(i) if self.causal else 0}
 
     def _positions(
         self, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: list[KVCache] | None
@@ -166,6 +157,13 @@ class Stack(nn.Module):
 def _narrowed(x: Tensor, at: Tensor, arguments: dict) -> tuple[Tensor, dict]:
     """What a block is told of whose outputs only `at` (B,) is read: one query, and the whole text as its context."""
     told = {"context": x}
+    if arguments["causal"]:  # the one query is not the newest position: what it may see is said by a mask
+        S = x.shape[1]
+        seen = causal_mask(S, S, x.device, window=arguments["window"])[at][:, None, None]
+        mask = arguments["mask"]
+        told |= {"mask": seen if mask is None else seen & (mask if mask.shape[2] == 1 else _rows(mask, at, dim=2))}
+        told |= {"causal": False, "window": 0}
+        arguments = arguments | told
     for name in ("mask", "bias"):  # (B or 1, H or 1, T or 1, S)
         if arguments[name] is not None and arguments[name].shape[2] > 1:
             told[name] = _rows(arguments[name], at, dim=2)
@@ -184,14 +182,6 @@ def _check_bool(**masks: Tensor | None) -> None:
             raise ValueError(
                 f"{name} is {mask.dtype}: masks are torch.bool here, True at real tokens; one of 1 and 0 needs .bool()"
             )
-
-
-def _visible(mask: Tensor | None, queries: int, keys: int, window: int, device: torch.device) -> Tensor | None:
-    """(B, 1, T, S) of what may be seen; None means causal and nothing else."""
-    if mask is None and not window:
-        return None
-    causal = causal_mask(queries, keys, device, window=window)
-    return causal[None, None] if mask is None else mask & causal
 
 
 def _norm(config: ModelConfig) -> nn.Module:

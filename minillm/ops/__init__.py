@@ -4,6 +4,7 @@ from minillm.later import later
 from minillm.ops.activations import ACTIVATIONS, swiglu
 from minillm.ops.attention import attention, attention_weights, causal_mask
 from minillm.ops.cross_entropy import IGNORE, linear_cross_entropy
+from minillm.ops.linear import linear
 from minillm.ops.lora import lora, lora_linear
 from minillm.ops.lora_gather import lora_gather, lora_rows, lora_segments
 from minillm.ops.norm import layer_norm, rms_norm
@@ -18,6 +19,7 @@ __getattr__ = later(
         "quantize_int4": "int4",
         "quantize_nf4": "quantize",
         "quantized_linear": "quantized",
+        "use_attention_stage": "native_attention",
     },
 )
 
@@ -34,6 +36,7 @@ __all__ = [
     "causal_mask",
     "info",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "lora",
     "lora_gather",
@@ -47,5 +50,6 @@ __all__ = [
     "rope",
     "rotary_table",
     "swiglu",
+    "use_attention_stage",
     "use_backend",
 ]

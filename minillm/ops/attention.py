@@ -15,17 +15,22 @@ from minillm.ops.registry import Op
 
 
 def causal_mask(
-    num_queries: int, num_keys: int, device: torch.device | str = "cpu", *, window: int = 0
+    num_queries: int, num_keys: int, device: torch.device | str = "cpu", *, window: int = 0, prefix: int = 0
 ) -> Bool[Tensor, "T S"]:
     """True where query i may see key j. The queries are the newest positions: i sees all keys up to j = i + S - T.
 
     With a `window` it sees the newest `window` of these, its own among them: sliding-window attention (Child et al.
-    2019, arXiv:1904.10509; Jiang et al. 2023, arXiv:2310.06825, section 2).
+    2019, arXiv:1904.10509; Jiang et al. 2023, arXiv:2310.06825, section 2). The first `prefix` keys, a learned prefix,
+    are seen from everywhere.
     """
     keep = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     newest = num_keys - num_queries
     keep = keep.tril(diagonal=newest)
-    return keep.triu(diagonal=newest - window + 1) if window else keep
+    if window:
+        near = keep.triu(diagonal=newest - window + 1)
+        near[:, :prefix] = keep[:, :prefix]
+        keep = near
+    return keep
 
 
 def attention_weights(
@@ -34,6 +39,8 @@ def attention_weights(
     *,
     mask: Bool[Tensor, "#B #H #T S"] | None = None,
     causal: bool = False,
+    window: int = 0,
+    prefix: int = 0,
     bias: Float[Tensor, "#B #H #T S"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H T S"]:
@@ -41,6 +48,7 @@ def attention_weights(
 
     `scale` is 1/sqrt(K) unless given. With G < H key heads, each serves H/G neighbouring query heads (GQA, Ainslie et
     al. 2023, arXiv:2305.13245). A query that may see no key at all has weights 0.
+    `causal`, with a `window` and a `prefix` if given, adds `causal_mask` to the mask.
     Half-precision scores are computed in float32.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -49,7 +57,7 @@ def attention_weights(
     scores = q.to(dtype) @ k.to(dtype).mT * scale  # (B, H, T, S)
     if bias is not None:
         scores = scores + bias
-    keep = _combine(mask, causal, q.shape[2], k.shape[2], q.device)
+    keep = _combine(mask, causal, window, prefix, q.shape[2], k.shape[2], q.device)
     if keep is None:
         return scores.softmax(-1).to(q.dtype)
     scores = scores.masked_fill(~keep, -math.inf)
@@ -65,6 +73,8 @@ def attention(
     *,
     mask: Bool[Tensor, "#B #H #T S"] | None = None,
     causal: bool = False,
+    window: int = 0,
+    prefix: int = 0,
     bias: Float[Tensor, "#B #H #T S"] | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -74,18 +84,20 @@ def attention(
     Semantics: `attention_weights(q, k, ...) @ v`, with `dropout` zeroing that share of the weights.
     A query that may see no key at all reads 0.
     """
-    weights = attention_weights(q, k, mask=mask, causal=causal, bias=bias, scale=scale)
+    weights = attention_weights(q, k, mask=mask, causal=causal, window=window, prefix=prefix, bias=bias, scale=scale)
     weights = F.dropout(weights, dropout)
     return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 
 @attention.implementation("torch")
-def _attention_torch(q, k, v, *, mask=None, causal=False, bias=None, scale=None, dropout=0.0):
+def _attention_torch(q, k, v, *, mask=None, causal=False, window=0, prefix=0, bias=None, scale=None, dropout=0.0):
     """PyTorch's fused attention, which never stores the T x S weights."""
     queries, keys = q.shape[2], k.shape[2]
-    causal = causal and queries > 1  # one query, the newest, sees every key
-    if causal and (mask is not None or bias is not None or queries != keys):
-        mask, causal = _combine(mask, causal, queries, keys, q.device), False  # is_causal means i sees j <= i
+    window = _needed(window, causal, keys)
+    causal = causal and (queries > 1 or window > 0)  # one query, the newest, sees every key
+    if causal and (mask is not None or bias is not None or queries != keys or window):
+        mask = _combine(mask, causal, window, prefix, queries, keys, q.device)
+        causal = False  # is_causal means i sees j <= i
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
@@ -95,8 +107,18 @@ def _attention_torch(q, k, v, *, mask=None, causal=False, bias=None, scale=None,
     )
 
 
-def _combine(mask: Tensor | None, causal: bool, queries: int, keys: int, device: torch.device) -> Tensor | None:
+def _needed(window: int, causal: bool, keys: int) -> int:
+    """The window, or 0 if it holds all keys."""
+    if window and not causal:
+        raise ValueError(f"window={window} counts the newest keys that a query sees: it goes with causal=True")
+    return 0 if window >= keys else window
+
+
+def _combine(
+    mask: Tensor | None, causal: bool, window: int, prefix: int, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    window = _needed(window, causal, keys)
     if not causal:
         return mask
-    keep = causal_mask(queries, keys, device)
+    keep = causal_mask(queries, keys, device, window=window, prefix=prefix)
     return keep if mask is None else mask & keep

@@ -31,7 +31,7 @@ CPU = (*CXX, "-O3", "-march=native")  # no -ffast-math: what should be fast is w
 BINDING = (*CXX, "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000")  # torch 2.10's stable ABI, which later ones keep
 EMULATED = ("-x", "c++", *CXX, "-Wno-unknown-pragmas", "-Iemulator", "-O2")
 CUDA = ("-std=c++20", "-O3", "-I.", "-Xcompiler=-fPIC", "-Xptxas=-v")  # -v: registers and spills, into build.log
-ARCHS = "sm_80,sm_90,sm_90a,compute_90"  # machine code for A100 and H100/H200, and PTX for what comes after
+ARCHS = "sm_80,sm_90a,compute_90"  # machine code for A100 and H100/H200, and PTX for what comes after
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def make_plan(kind: str, defines: Sequence[str] = (), sanitize: bool = False, on
         raise ValueError(f"there are no {kind!r} kernels: choose one of {', '.join(KINDS)}")
     if sanitize and kind == "cuda":
         raise ValueError("sanitize=True: ours is for cpu and emulated; NVIDIA's compute-sanitizer checks cuda kernels")
-    files = [file for folder in KINDS[kind] for file in _files(folder)]
+    files = [file for folder in KINDS[kind] for file in _files(folder) if (kind, file) != ("emulated", "binding.cpp")]
     units = [file for file in files if file.endswith(".cu" if kind == "emulated" else (".cpp", ".cu"))]
     if only:
         chosen = _choose(kind, units, only)

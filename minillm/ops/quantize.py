@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from minillm.ops.registry import Op
+
 OUTERMOST = 0.9677083  # probability of the last quantile: 1 - (1/30 + 1/32) / 2, half a step before infinity
 SCALE_BLOCK = 256  # scales that share a scale of their own in double quantization
 CHUNK = 2**18  # weights worked on at a time: the temporaries stay in the cache, however large the weight
@@ -72,26 +74,27 @@ class QuantTensor(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as numbers: made in float32 at least, rounded once to `dtype`."""
-        weight = torch.empty(len(self.codes), self.block, dtype=dtype, device=self.codes.device)
-        wide = torch.promote_types(dtype, torch.float32)
-        rows = CHUNK // self.block or 1
-        for part, codes, scales in zip(*(t.split(rows) for t in (weight, self.codes, self.scales())), strict=True):
-            part.copy_(unpack(codes, self.book).to(wide) * scales[:, None])
-        count = torch.Size(self.shape).numel()
-        return weight.view(-1)[:count].view(self.shape)
+        return nf4_dequantize(self, dtype)
 
 
-def quantize_nf4(weight: Tensor, *, block: int = 64, double: bool = True) -> QuantTensor:
-    """Quantize a weight of any shape, flattened row by row, to NF4 with one scale per `block` weights.
+@Op
+def nf4_dequantize(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
+    """The weight as numbers, in its shape: each code's value times the scale of its block, rounded once to `dtype`."""
+    numbers = torch.empty(len(weight.codes), weight.block, dtype=dtype, device=weight.codes.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = CHUNK // weight.block or 1
+    for part, codes, scales in zip(*(t.split(rows) for t in (numbers, weight.codes, weight.scales())), strict=True):
+        part.copy_(unpack(codes, weight.book).to(wide) * scales[:, None])
+    count = torch.Size(weight.shape).numel()
+    return numbers.view(-1)[:count].view(weight.shape)
 
-    The scale is the largest absolute value, and each weight over its scale goes to the nearest of 16 values (between
-    two, to the lower). Bits per weight: 4 + 32 / 64 = 4.5; with `double` quantization of the scales 4 + 8 / 64 +
-    32 / (64 * 256) = 4.127. Raises ValueError for a block that is no even number above 0, an empty weight, and NaN or
-    infinity in it.
-    """
-    check_size("block", block)
-    check_weight(weight)
-    flat, midpoints = weight.detach().reshape(-1), _midpoints(NF4)
+
+@Op
+def nf4_quantize(
+    weight: Float[Tensor, "..."], block: int
+) -> tuple[UInt8[Tensor, "blocks half_block"], Float[Tensor, "blocks"]]:
+    """The codes of a weight, two a byte, and each block's largest absolute value; the last block is filled with 0."""
+    flat, midpoints = weight.reshape(-1), _midpoints(NF4)
     blocks = -(-flat.numel() // block)
     codes = torch.empty(blocks, block // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
@@ -104,6 +107,20 @@ def quantize_nf4(weight: Tensor, *, block: int = 64, double: bool = True) -> Qua
         for midpoint in midpoints:  # counting is twice as fast as torch.bucketize, which searches
             nearest += x > midpoint
         packed.copy_(pack(nearest))
+    return codes, absmax
+
+
+def quantize_nf4(weight: Tensor, *, block: int = 64, double: bool = True) -> QuantTensor:
+    """Quantize a weight of any shape, flattened row by row, to NF4 with one scale per `block` weights.
+
+    The scale is the largest absolute value, and each weight over its scale goes to the nearest of 16 values (between
+    two, to the lower). Bits per weight: 4 + 32 / 64 = 4.5; with `double` quantization of the scales 4 + 8 / 64 +
+    32 / (64 * 256) = 4.127. Raises ValueError for a block that is no even number above 0, an empty weight, and NaN or
+    infinity in it.
+    """
+    check_size("block", block)
+    check_weight(weight)
+    codes, absmax = nf4_quantize(weight.detach(), block)
     if not absmax.isfinite().all():
         raise ValueError("a weight that holds NaN or infinity, or is too large for float32, cannot be quantized")
     book, absmax2, offset, book8 = pairs(NF4, weight.device), None, None, None
