@@ -210,5 +210,6 @@ FACES = {
     "methods": _methods,
     "kernels build": _kernels,
     "kernels info": _kernels,
+    "kernels emulate": _kernels,
     "kernels clean": _kernels,
 }

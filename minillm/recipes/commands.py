@@ -113,6 +113,31 @@ COMMANDS = {
         "minillm kernels info",
         "minillm.recipes.kernels:describe_kernels",
     ),
+    "kernels emulate": Command(
+        "run a CUDA kernel of attention on a GPU that the processor plays, and say what it did and whether it is right",
+        "minillm kernels emulate attention --stage v2 --trace\n"
+        "minillm kernels emulate attention --stage v4 --mutant 406",
+        "minillm.recipes.kernels:emulate_kernel",
+        arguments={
+            "op": {"choices": ("attention",)},
+            "--stage": {"choices": ("v1", "v2", "v3", "v4"), "default": "v2", "help": "which kernel (v2 if not given)"},
+            "--trace": {"action": "store_true", "help": "tell what one block does, barrier by barrier"},
+            "--block": {"type": int, "default": 0, "help": "its number in the grid"},
+            "--queries": {"type": int, "default": 64},
+            "--keys": {"type": int, "default": 64},
+            "--features": {"type": int, "default": 32, "help": "of a head"},
+            "--schedule": {
+                "choices": ("forward", "reverse", "shuffled"),
+                "default": "forward",
+                "help": "in which order the threads of a block take their turns",
+            },
+            "--mutant": {
+                "type": int,
+                "default": 0,
+                "help": "a line to leave out, by its number in csrc/cuda/MUTANTS.md",
+            },
+        },
+    ),
     "kernels clean": Command(
         "remove all kernels that were built, and what interrupted builds left",
         "minillm kernels clean",

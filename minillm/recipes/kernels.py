@@ -38,6 +38,15 @@ def describe_ops() -> str:
     return format_table(("op", "runs", "faster ones"), rows)
 
 
+def emulate_kernel(op: str, trace: bool = False, **settings: Any) -> str:
+    """What a CUDA kernel does on the emulated GPU, step by step if `trace`; the settings are those of emulate.trace."""
+    from minillm.ops import emulate
+
+    assert op == "attention"
+    first, *steps = emulate.trace(**settings).splitlines()
+    return "\n".join([first, *(steps if trace else steps[-2:])])
+
+
 def clean_kernels() -> str:
     """Remove all built kernels, and nothing else that is in their folder."""
     removed, left = clean()

@@ -1,0 +1,148 @@
+// The memories of the emulated GPU, watched: every access by a kernel is counted, and checked against earlier ones.
+#pragma once
+#include <vector>
+
+#include "report.h"
+
+namespace emulator {
+
+constexpr int WARP = 32;
+
+struct Access {  // by a thread, after so many barriers of its block and of its warp
+  uint32_t epoch, warp_epoch;
+  int thread;
+};
+
+struct Cell {  // who touched two bytes of shared memory last
+  Access write, read, other_read;
+  bool in_flight;  // an asynchronous copy is under way to here
+};
+
+struct Copy {  // an asynchronous copy that has not landed yet
+  char* to;
+  const char* from;  // null: zeros
+  int group;
+};
+
+struct Region {  // of global memory
+  const char *begin, *end;
+  std::vector<uint32_t> writers;  // for each two bytes the thread that wrote them in this launch, counted from 1
+};
+
+class Memory : public Report {
+ public:
+  std::vector<Region> regions;  // where global memory may be touched; empty: anywhere
+
+  // Global memory is about to be read or written; false if that must not be.
+  bool reach(const void* address, int bytes, bool write) {
+    (write ? counts.global_written : counts.global_read) += bytes;
+    auto* begin = static_cast<const char*>(address);
+    for (Region& region : regions) {
+      if (begin >= region.begin && begin + bytes <= region.end) return note(region, begin - region.begin, bytes, write);
+    }
+    if (regions.empty()) return true;
+    fail("%s %s %d bytes of global memory outside every tensor", who(), write ? "writes" : "reads", bytes);
+    return false;
+  }
+
+  // Shared memory is about to be read or written; false if that must not be.
+  bool touch(const void* address, int bytes, bool write) {
+    (write ? counts.shared_written : counts.shared_read) += bytes;
+    int64_t offset = static_cast<const char*>(address) - shared();
+    if (offset < 0 || offset + bytes > bytes_) {
+      fail("%s %s shared memory outside the block's %ld bytes", who(), write ? "writes" : "reads", long(bytes_));
+      return false;
+    }
+    for (int64_t cell = offset / 2; cell <= (offset + bytes - 1) / 2; ++cell) note(cells_[cell], write);
+    return true;
+  }
+
+  size_t shared_bytes() const { return bytes_; }
+  char* shared() {
+    auto address = reinterpret_cast<uintptr_t>(shared_.data());
+    return reinterpret_cast<char*>((address + 127) & ~uintptr_t{127});
+  }
+
+  void check_aligned(const void* address) {
+    if (reinterpret_cast<uintptr_t>(address) % 16) fail("%s moves 16 bytes at an address between", who());
+  }
+
+ protected:
+  void start_launch(size_t shared_bytes) {
+    shared_.resize(shared_bytes + 128), cells_.resize(shared_bytes / 2 + 1), bytes_ = shared_bytes;
+    for (Region& region : regions) region.writers.assign((region.end - region.begin) / 2 + 1, 0);
+  }
+  void start_block(uint32_t number) {
+    block_ = number, barrier_ = {"the start", 0};
+    std::memset(shared_.data(), 0xff, shared_.size());  // NaN, whether read as float or as bfloat16
+    for (Cell& cell : cells_) cell.in_flight = false;
+  }
+
+  void start_copy(const Copy& copy) {
+    for (int cell = 0; cell < 8; ++cell) cell_of(copy.to)[cell].in_flight = true;
+  }
+  void land(const Copy& copy) {
+    copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    for (int cell = 0; cell < 8; ++cell) {
+      cell_of(copy.to)[cell].in_flight = false;
+      note(cell_of(copy.to)[cell], true);  // written now, for whoever reads it without a barrier
+    }
+  }
+
+  Access now_{};      // whom the accesses are by
+  Place barrier_{};   // the last one
+  uint32_t block_ = 0;
+
+ private:
+  const char* who() {
+    std::snprintf(name_, sizeof name_, "thread %d of block %u", now_.thread, block_);
+    return name_;
+  }
+
+  Cell* cell_of(const void* address) { return &cells_[(static_cast<const char*>(address) - shared()) / 2]; }
+
+  void note(Cell& cell, bool write) {
+    if (cell.in_flight) {
+      fail("%s %s byte %ld of shared memory while an asynchronous copy to it is under way (after %s:%d)", who(),
+           write ? "writes" : "reads", (&cell - cells_.data()) * 2L, barrier_.name(), barrier_.line);
+    }
+    check(cell, cell.write, write, true);
+    if (write) {
+      check(cell, cell.read, true, false), check(cell, cell.other_read, true, false);
+      cell.write = now_;
+    } else {
+      if (cell.read.thread != now_.thread) cell.other_read = cell.read;
+      cell.read = now_;
+    }
+  }
+
+  // A race: another thread's access since the last barrier, unless a __syncwarp of their common warp lies between.
+  void check(const Cell& cell, const Access& before, bool writes, bool wrote) {
+    if (before.epoch != now_.epoch || before.thread == now_.thread) return;
+    if (before.thread / WARP == now_.thread / WARP && before.warp_epoch != now_.warp_epoch) return;
+    fail("race: %s %s byte %ld of shared memory that thread %d %s, with no barrier between (after %s:%d)", who(),
+         writes ? "writes" : "reads", (&cell - cells_.data()) * 2L, before.thread, wrote ? "wrote" : "read",
+         barrier_.name(), barrier_.line);
+  }
+
+  // Nothing orders two threads' accesses of global memory within a launch (our kernels use no atomics).
+  bool note(Region& region, int64_t offset, int bytes, bool write) {
+    uint32_t me = block_ * 1024 + now_.thread + 1;
+    for (int64_t cell = offset / 2; cell <= (offset + bytes - 1) / 2; ++cell) {
+      uint32_t& writer = region.writers[cell];
+      if (writer && writer != me) {
+        fail("race: %s %s global memory that thread %u of block %u wrote", who(), write ? "writes" : "reads",
+             (writer - 1) % 1024, (writer - 1) / 1024);
+      }
+      if (write) writer = me;
+    }
+    return true;
+  }
+
+  std::vector<char> shared_;
+  std::vector<Cell> cells_;
+  int64_t bytes_ = 0;
+  char name_[60];
+};
+
+}  // namespace emulator

@@ -1,0 +1,228 @@
+"""Does the emulated suite notice when a line of an attention kernel is left out?
+
+Each `kept(number)` in csrc/cuda is one trial; `python tests/ops/test_mutants.py` writes the table of all of them,
+csrc/cuda/MUTANTS.md.
+"""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from attention_cases import CASES, ODD_SIZES, Case, check_backward, check_forward
+
+from minillm.ops import emulate
+from minillm.ops.build_plan import SOURCES
+
+HEADERS = ("tiles.cuh", "tensor_cores.cuh", "swizzled.cuh", "backward.cuh")
+FILES = [*sorted((SOURCES / "cuda").glob("attention*.cu*")), *(SOURCES / "cuda" / name for name in HEADERS)]
+PAGE = SOURCES / "cuda" / "MUTANTS.md"
+KILLERS = {
+    "wrong numbers": "the result is not that of the formula in float64",
+    "race": "two threads touch the same memory, and no barrier lies between",
+    "memory outside every tensor": "global memory is read or written past the end of a tensor",
+    "copy under way": "shared memory is used before an asynchronous copy to it was waited for",
+    "needless reads": "the result is right, but more bytes are read than need be",
+    "bank conflicts": "the result is right, but the rows that ldmatrix reads at once lie in the same banks",
+}
+WRONG, RACE, OUTSIDE, IN_FLIGHT, NEEDLESS, CONFLICTS = KILLERS
+REPORTS = {RACE: "race:", OUTSIDE: "outside every tensor", IN_FLIGHT: "copy to it is under way"}
+ALL_CASES = CASES | ODD_SIZES | {
+    "decode": Case(B=2, H=4, G=4, S=70, K=40, padding="all of a row"),
+    "decode of groups": Case(B=2, H=6, G=2, S=130, K=40, padding="left"),
+}  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    without: str
+    killer: str
+    stage: str
+    case: str = "one"
+
+
+MUTANTS = {
+    # attention.cuh
+    11: Mutant("the future is hidden", WRONG, "v2", "7 features"),
+    12: Mutant("a prefix is seen from everywhere", WRONG, "v2", "window without causal"),
+    13: Mutant("what is older than the window is hidden", WRONG, "v2", "window without causal"),
+    14: Mutant("padding is hidden", WRONG, "v2", "nothing to see"),
+    15: Mutant("tiles of the future are not loaded", NEEDLESS, "v2", "padding left"),
+    16: Mutant("tiles older than the window are not loaded", NEEDLESS, "v2", "window"),
+    17: Mutant("keys after the last are none", WRONG, "v2", "short"),
+    18: Mutant("tiles of padding are not loaded", NEEDLESS, "v2", "nothing to see"),
+    19: Mutant("a tile with some of the future is asked key by key", WRONG, "v3", "large scores"),
+    20: Mutant("a tile with keys older than the window is asked key by key", WRONG, "v3", "window without causal"),
+    21: Mutant("a tile with padding is asked key by key", WRONG, "v3", "short"),
+    # tiles.cuh
+    31: Mutant("rows after the last are not read", OUTSIDE, "v2"),
+    32: Mutant("features after the last are not read", OUTSIDE, "v2"),
+    33: Mutant("what was not read is 0", WRONG, "v2"),
+    34: Mutant("no infinity - infinity while nothing was seen", WRONG, "v2", "padding left"),
+    35: Mutant("the sum is scaled to a new largest score", WRONG, "v2", "one query, many keys"),
+    36: Mutant("the output is scaled to a new largest score", WRONG, "v2", "one query, many keys"),
+    # tensor_cores.cuh
+    41: Mutant("the largest score is that of all four lanes of a row", WRONG, "v3", "short"),
+    42: Mutant("the sum is that of all four lanes of a row", WRONG, "v3"),
+    43: Mutant("no infinity - infinity while nothing was seen", WRONG, "v3", "padding left"),
+    44: Mutant("the sum is scaled to a new largest score", WRONG, "v3", "one query, many keys"),
+    45: Mutant("the output is scaled to a new largest score", WRONG, "v3", "one query, many keys"),
+    46: Mutant("rows after the last are not written", OUTSIDE, "v3"),
+    47: Mutant("a query that sees nothing reads 0", WRONG, "v3", "nothing to see"),
+    48: Mutant("features after the last are not written", OUTSIDE, "v3"),
+    # swizzled.cuh
+    51: Mutant("rows after the last are not read", OUTSIDE, "v4"),
+    52: Mutant("features after the last are not read", OUTSIDE, "v4"),
+    53: Mutant("what was not read is 0", WRONG, "v4"),
+    54: Mutant("the chunks of a row change places", CONFLICTS, "v4"),
+    # backward.cuh
+    61: Mutant("queries before a block of keys are not loaded", NEEDLESS, "backward v1", "padding left"),
+    62: Mutant("queries whose window lies after a block of keys are not loaded", NEEDLESS, "backward v1", "window"),
+    63: Mutant("a warp after the last query does nothing", OUTSIDE, "backward v1"),
+    # attention_v1.cu
+    101: Mutant("a thread after the last query does nothing", OUTSIDE, "v1"),
+    102: Mutant("the largest score is taken off", WRONG, "v1"),
+    103: Mutant("a query that sees nothing reads 0", WRONG, "v1", "nothing to see"),
+    104: Mutant("the weights are divided by their sum", WRONG, "v1", "7 features"),
+    # attention_v2.cu
+    201: Mutant("barrier: a tile is not replaced before all have used it", RACE, "v2", "7 features"),
+    202: Mutant("barrier: a tile is not used before all of it is there", RACE, "v2"),
+    203: Mutant("rows after the last are not written", OUTSIDE, "v2"),
+    204: Mutant("features after the last are not written", OUTSIDE, "v2"),
+    205: Mutant("a query that sees nothing reads 0", WRONG, "v2", "nothing to see"),
+    # attention_v3.cu
+    301: Mutant("rows after the last are not read", OUTSIDE, "v3"),
+    302: Mutant("features after the last are not read", OUTSIDE, "v3"),
+    303: Mutant("what was not read is 0", WRONG, "v3"),
+    304: Mutant("barrier: a tile is not replaced before all have used it", RACE, "v3", "one query, many keys"),
+    305: Mutant("barrier: a tile is not used before all of it is there", RACE, "v3"),
+    # attention_v4.cu
+    401: Mutant("the two buffers take turns", WRONG, "v4", "one query, many keys"),
+    402: Mutant("wait: a tile is not used before its copies have landed", IN_FLIGHT, "v4"),
+    403: Mutant("barrier: nor before those of the other threads have", RACE, "v4"),
+    # attention_backward_v1.cu
+    501: Mutant("rows after the last are not written", OUTSIDE, "backward v1"),
+    502: Mutant("features after the last are not written", OUTSIDE, "backward v1"),
+    503: Mutant("keys after the last are none", OUTSIDE, "backward v1", "nothing to see"),
+    504: Mutant("barrier: a tile is not replaced before all have used it", RACE, "backward v1", "not causal"),
+    505: Mutant("barrier: a tile is not used before all of it is there", RACE, "backward v1"),
+    506: Mutant("queries after the last are none", OUTSIDE, "backward v1"),
+    507: Mutant("delta, for keys and values", WRONG, "backward v1"),
+    508: Mutant("queries after the last are none", OUTSIDE, "backward v1"),
+    509: Mutant("barrier: a tile is not replaced before all have used it", RACE, "backward v1", "7 features"),
+    510: Mutant("barrier: a tile is not used before all of it is there", RACE, "backward v1"),
+    511: Mutant("delta, for queries", WRONG, "backward v1"),
+    # attention_backward_v2.cu
+    521: Mutant("rows after the last are not written", OUTSIDE, "backward v2"),
+    522: Mutant("features after the last are not written", OUTSIDE, "backward v2"),
+    523: Mutant("delta", WRONG, "backward v2"),
+    524: Mutant("keys after the last are none", OUTSIDE, "backward v2", "nothing to see"),
+    525: Mutant("the two buffers take turns", WRONG, "backward v2", "odd"),
+    526: Mutant("wait: a tile is not used before its copies have landed", IN_FLIGHT, "backward v2"),
+    527: Mutant("barrier: nor before those of the other threads have", RACE, "backward v2"),
+    528: Mutant("queries after the last are none", OUTSIDE, "backward v2"),
+    529: Mutant("queries after the last are none", OUTSIDE, "backward v2"),
+    530: Mutant("the two buffers take turns", WRONG, "backward v2", "two tiles"),
+    531: Mutant("wait: a tile is not used before its copies have landed", IN_FLIGHT, "backward v2"),
+    532: Mutant("barrier: nor before those of the other threads have", RACE, "backward v2"),
+    # attention_decode.cu
+    601: Mutant("a warp after the last split does nothing", OUTSIDE, "decode", "decode"),
+    602: Mutant("heads after the last of a group are not read", OUTSIDE, "decode", "decode"),
+    603: Mutant("features of a query after the last are not read", OUTSIDE, "decode", "decode"),
+    604: Mutant("features of a key after the last are not read", OUTSIDE, "decode", "decode"),
+    605: Mutant("features of a value after the last are not read", OUTSIDE, "decode", "decode"),
+    606: Mutant("heads after the last of a group are not written", RACE, "decode", "decode"),
+    607: Mutant("features after the last are not written", RACE, "decode", "decode"),
+    608: Mutant("parts are scaled to the largest score of all", WRONG, "decode", "decode of groups"),
+    609: Mutant("a query that sees nothing reads 0", WRONG, "decode", "decode"),
+}
+
+
+def in_the_sources() -> dict[int, str]:
+    """The number of each mutant of attention's kernels -> the file where it stands."""
+    found = {}
+    for file in FILES:
+        for number in re.findall(r"kept\((\d+)\)", file.read_text()):
+            assert found.setdefault(int(number), file.name) == file.name, f"two files have a mutant {number}"
+    return found
+
+
+def page() -> str:
+    counts = Counter(mutant.killer for mutant in MUTANTS.values())
+    rows = [
+        f"| {number} | `{file}` | {MUTANTS[number].without} | {MUTANTS[number].killer} | {MUTANTS[number].stage} |"
+        for number, file in sorted(in_the_sources().items())
+    ]
+    lines = [
+        "# What the attention kernels cannot do without",
+        "",
+        f"Each `kept(number)` guards a barrier, a bound, a wait or a rescaling: {len(rows)} in all. On the",
+        "emulated GPU each is left out in turn, and a check must notice. Try one yourself:",
+        "",
+        '    emulate.attention(q, k, v, stage="v2", machine=emulate.Machine(mutant=202))',
+        "",
+        *(f"- *{killer}* ({counts[killer]}): {meaning}" for killer, meaning in KILLERS.items()),
+        "",
+        "This page is written by `python tests/ops/test_mutants.py`.",
+        "",
+        "| number | file | what is left out | noticed by | in |",
+        "| ---: | --- | --- | --- | --- |",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def attempt(case: Case, stage: str, number: int) -> emulate.Machine:
+    """Run the kernels of `stage` without line `number`, and check the numbers."""
+    machine = emulate.Machine(mutant=number)
+    q, k, v, grad = case.tensors(torch.bfloat16)
+    given = {"keys": case.keys(), **case.rules()}
+    if stage in ("backward v1", "backward v2"):
+        o, lse = emulate.attention(q, k, v, **given)
+        stage = stage.removeprefix("backward ")
+        grads = emulate.attention_backward(grad, q, k, v, o, lse, stage=stage, machine=machine, **given)
+        check_backward(case, q, k, v, grad, grads)
+    elif stage == "decode":
+        check_forward(case, q, k, v, *emulate.attention_decode(q, k, v, splits=3, machine=machine, **given))
+    else:
+        check_forward(case, q, k, v, *emulate.attention(q, k, v, stage=stage, machine=machine, **given))
+    return machine
+
+
+@pytest.mark.parametrize("number", MUTANTS)
+def test_a_mutant_is_killed(number):
+    _, killer, stage, name = MUTANTS[number]
+    case = replace(ALL_CASES[name], H=ALL_CASES[name].G)  # fewer heads are as good, but in decoding
+    case = ALL_CASES[name] if stage == "decode" else case
+    normal = attempt(case, stage, 0)
+    assert not normal.reached_mutant
+    if killer in REPORTS:
+        with pytest.raises(emulate.EmulationError, match=REPORTS[killer]):
+            attempt(case, stage, number)
+    elif killer == WRONG:
+        with pytest.raises(AssertionError):
+            attempt(case, stage, number)
+    else:
+        mutant = attempt(case, stage, number)
+        counted = {NEEDLESS: "global_read", CONFLICTS: "conflicts"}[killer]
+        assert mutant.reached_mutant and getattr(mutant.counts, counted) > getattr(normal.counts, counted)
+
+
+def test_every_line_that_could_be_left_out_is_on_trial():
+    assert sorted(in_the_sources()) == sorted(MUTANTS)
+
+
+def test_every_barrier_and_wait_is_on_trial():
+    for file in FILES:
+        for line in file.read_text().splitlines():
+            if re.search(r"__syncthreads|__syncwarp|wait_for_copies", line):
+                assert "kept(" in line, f"{file.name}: {line.strip()}"
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text() == page(), "run: python tests/ops/test_mutants.py"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
