@@ -27,6 +27,7 @@ TINY = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688}  # a L
 LAYERS, HEADS = 6, 8  # ... whose depth and heads we and the Hub name differently
 
 torch.set_num_threads(1)
+os.environ.setdefault("MINILLM_BACKEND", "torch")  # before minillm is imported; benchmarks of kernels choose them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ import importlib
 import sys
 
 from common import record
-from table import NAMES
+from table import NAMES, NATIVE
 
 
 def main() -> None:
-    names = sys.argv[1:] or NAMES
-    if unknown := [name for name in names if name not in NAMES]:
-        raise SystemExit(f"no benchmark called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    names = sys.argv[1:] or NAMES + NATIVE
+    if unknown := [name for name in names if name not in NAMES + NATIVE]:
+        raise SystemExit(f"no benchmark called {', '.join(unknown)}; there are {', '.join(NAMES + NATIVE)}")
     for name in names:
         benchmark = importlib.import_module(name)
         for goal in record(name, benchmark.measure(), benchmark.GOALS)["goals"]:

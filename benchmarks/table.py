@@ -21,6 +21,8 @@ NAMES = (
     *("training_step", "head_loss", "lora_linear", "bert_tiny", "mixed_batch", "quantize"),
     *("decode", "recurrent", "memory_estimate", "import_time"),
 )
+# the same, of our native kernels
+NATIVE = ("native_attention", "native_linear", "native_decode")
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 

@@ -18,7 +18,7 @@ COMMAND_LINES = [line for line in README.splitlines() if line.startswith("minill
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_its_commands_exist_with_their_keys(line):
-    words = shlex.split(line)[1:]
+    words = shlex.split(line, comments=True)[1:]
     name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
     command, rest = COMMANDS[name], words[len(name.split()) :]
     assert all(option in command.arguments for option in rest if option.startswith("--"))
@@ -29,7 +29,7 @@ def test_its_commands_exist_with_their_keys(line):
         changed = override(default, assignments)
         assert changed != default
     else:
-        assert "folder" in command.arguments
+        assert "folder" in command.arguments or name.startswith("kernels ")
 
 
 def test_there_are_commands_to_check():
