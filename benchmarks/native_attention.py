@@ -36,9 +36,12 @@ DECODE = {  # B, H, G, S, K
 GROUPED, OWN, _ = DECODE
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
+EQUAL = "with no key to leave out both do the same products, and runs differ by 3 %"
+ALONE = "not proved: with one query for each key head nothing is shared, and both sides wait for the memory"
+
 GOALS = [
     *(
-        Goal(f"attention kernel, {name}: {passes} / torch", ("whole", name, passes), 1.0)
+        Goal(f"attention kernel, {name}: {passes} / torch", ("whole", name, passes), 1.0, note=EQUAL)
         for name in WHOLE
         for passes in ("forward", "both passes")
     ),
@@ -48,7 +51,7 @@ GOALS = [
     Goal("attention kernel, learned prefix of 16: speed-up over torch", ("masks", "prefix"), 1.3, True),
     Goal("attention kernel, window 256 of 2048: speed-up over torch", ("masks", "window"), 3.0, True),
     Goal("attention kernel, decode, 4 heads a key head: speed-up over torch", ("decode", GROUPED), 3.0, True),
-    Goal("attention kernel, decode, own key heads: speed-up over torch", ("decode", OWN), 1.5, True),
+    Goal("attention kernel, decode, own key heads: speed-up over torch", ("decode", OWN), 1.5, True, ALONE),
     Goal("rotary kernel, 16 x 1024 x 64: speed-up over torch", ("rope", "speedup"), 3.5, True),
     Goal("calling a kernel, microseconds", ("call", "microseconds"), 4.0),
     Goal("memory of attention, both passes, largest peak(2N) / peak(N)", ("memory", "largest ratio"), 2.1),
