@@ -57,7 +57,19 @@ def _cannot(
     return why_not(q, k, v)
 
 
-@attention.native(_cannot)
+def _slower(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_) -> str:
+    """Small calls, where PyTorch's way around a kernel of ours costs more than the kernel saves."""
+    queries, keys = q.shape[2], k.shape[2]
+    if not wants_grad(q, k, v):
+        least = 64 * 64 if queries > 1 else 128
+    elif causal:
+        least = 128 * 128
+    else:
+        least = 256 * 256
+    return f"fewer than {least} pairs of a query and a key, where torch is faster" if queries * keys < least else ""
+
+
+@attention.native(_cannot, _slower)
 def _attention(q, k, v, *, mask=None, causal=False, window=0, prefix=0, bias=None, scale=None, dropout=0.0):
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     keys = None if mask is None else mask[:, 0, 0].contiguous()

@@ -238,3 +238,22 @@ def test_compiles_whole():
         ours, theirs = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (got, expected))
         for mine, other in itertools.zip_longest(ours, theirs):
             torch.testing.assert_close(mine, other)
+
+
+def test_auto_leaves_small_calls_to_torch():
+    """Where the way around the kernel costs more than it saves; counted, and "native" takes them all the same."""
+    op, small = ops.OPS["attention"], inputs((1, 2, 1, 20, 20, 16))
+    with ops.use_backend("auto"):
+        assert not op.runs_natively(*small, causal=True)
+        before = op.refused.total()
+        ops.attention(*small, causal=True)
+        assert op.refused.total() == before + 1
+        long = inputs((1, 2, 1, 130, 130, 16))
+        assert op.runs_natively(*long, causal=True)
+        wanting = [x.requires_grad_() for x in long]
+        assert op.runs_natively(*wanting, causal=True) and not op.runs_natively(*wanting)
+        q, k, v = inputs((1, 2, 1, 1, 700, 16))
+        assert op.runs_natively(q, k, v, causal=True)
+        assert not op.runs_natively(q, k[:, :, :90], v[:, :, :90], causal=True)
+    with ops.use_backend("native"):
+        assert op.runs_natively(*small, causal=True)
