@@ -128,8 +128,8 @@ def use_backend(name: str) -> contextlib.AbstractContextManager:
     "auto" (the default; the environment variable MINILLM_BACKEND names another): our C++/CUDA kernels where they are
     built, can run a call and are faster, else PyTorch's library calls. "reference": the definitions, for reading and
     checking. "torch": library calls; an op without one of its own uses its definition. "native": our kernels, built
-    now if they are not yet; a call that a kernel cannot take is an error, never a silent fallback. Ops for which there
-    is no kernel, as library calls are as fast, run as with "torch".
+    now if they are not yet; a call that a kernel cannot take is an error, never a silent fallback. Ops of which we
+    have no kernel run as with "torch".
     """
     global _current
     if name not in CHOICES:
@@ -152,7 +152,7 @@ def info() -> dict[str, dict[str, str]]:
         runs = "torch" if has_torch and _current != "reference" else "reference"
         entry = {}
         if op.kernel is None:
-            entry["native"] = "no kernel: library calls are as fast"
+            entry["native"] = "no kernel of ours: PyTorch's operations run"
         elif _current in ("reference", "torch"):
             entry["native"] = f"not selected: the backend is {_current!r}" + (f"; and {missing}" if missing else "")
         elif missing:

@@ -1,5 +1,5 @@
-// The one file that knows torch: it gives torch our kernels as operations (namespace `minillm`), and our kernels torch's
-// tensors as plain pointers. It uses torch's stable ABI only, so it compiles in a second or two and the same library
+// The one file that knows torch: it gives torch our kernels as operations (namespace `minillm`), and our kernels
+// torch's tensors as plain pointers. It uses torch's stable ABI only, so it compiles in a few seconds and its source
 // serves later versions of torch. What torch must know beyond running them (shapes without data, gradients) is told in
 // Python, in native.py.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -70,7 +70,7 @@ Heads heads(const Tensor& x) {
   return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// New memory on the device of `like`. One call of torch's C interface: two microseconds less than through its dispatcher.
+// New memory on the device of `like`. One call of torch's C interface: 2 microseconds less than by its dispatcher.
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      int32_t dtype) {
   int32_t device_type;
@@ -101,7 +101,8 @@ Attention attention_call(const Tensor& q, const Tensor& k, const Tensor& v, cons
   call.q = heads(q), call.k = heads(k), call.v = heads(v), call.o = heads(o);
   call.lse = static_cast<float*>(lse.mutable_data_ptr());
   call.dtype = dtype_of(q);
-  call.B = q.size(0), call.H = q.size(1), call.T = q.size(2), call.K = q.size(3), call.G = k.size(1), call.S = k.size(2);
+  call.B = q.size(0), call.H = q.size(1), call.T = q.size(2), call.K = q.size(3);
+  call.G = k.size(1), call.S = k.size(2);
   call.causal = causal, call.window = window, call.prefix = prefix, call.scale = scale;
   require(dtype_of(k) == call.dtype && dtype_of(v) == call.dtype, "q, k and v of one type");
   require(k.size(0) == call.B && v.size(0) == call.B && v.size(1) == call.G && v.size(2) == call.S &&
@@ -137,7 +138,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::optional
   const Attention call = attention_call(q, k, v, o, lse, keys, causal, window, prefix, scale);
 #ifdef MINILLM_CUDA
   if (q.is_cuda()) {
-    // One new position: the cache is cut into parts, one for a warp, that are read at once; some thousands keep a GPU busy.
+    // One new position: the cache is cut into parts, one for a warp, that are read at once; thousands keep a GPU busy.
     const int64_t splits = std::min<int64_t>(call.S / 64, 2048 / std::max(1, call.B * call.G));
     if (call.T == 1 && stage == 0 && splits > 1) {
       const int64_t part = 2 + call.K, rows = int64_t(call.B) * call.H;

@@ -3,8 +3,8 @@
 //
 //   P = exp(scale Q K^T - lse),  dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta) scale,  dQ = dS K,  dK = dS^T Q
 //
-// The idea: one row's key head is one piece of work. Its gradients of keys and values are summed by one thread, block of
-// queries after block, so nothing is added atomically and the result is the same in every run.
+// The idea: one row's key head is one piece of work. Its gradients of keys and values are summed by one thread, block
+// of queries after block, so nothing is added atomically and the result is the same in every run.
 #include "attention_block.h"
 #include "parallel.h"
 

@@ -32,7 +32,8 @@ struct QueryBlock {
   int b, g, first, count, columns;  // count queries from number `first`; columns: count, up to whole registers
   alignas(64) int32_t newest[QUERIES];  // the newest key that each may see if the call is causal, its own position
 
-  QueryBlock(const Attention& call, int b, int g, int first, int limit = QUERIES) : call(call), b(b), g(g), first(first) {
+  QueryBlock(const Attention& call, int b, int g, int first, int limit = QUERIES)
+      : call(call), b(b), g(g), first(first) {
     count = std::min(limit, heads() * call.T - first);
     columns = round_up(count);
     for (int i = 0; i < columns; ++i) newest[i] = position(std::min(i, count - 1)) + call.S - call.T;
@@ -83,8 +84,8 @@ struct QueryBlock {
   }
 };
 
-// `n` rows of K numbers as floats: where they are if they are floats already, converted into `room` if not, or if K must
-// be whole registers (`padded`). `stride` is the distance of their rows, first the old one, then the new.
+// `n` rows of K numbers as floats: where they are if they are floats already, converted into `room` if not, or if K
+// must be whole registers (`padded`). `stride` is the distance of their rows, first the old one, then the new.
 template <class T>
 const float* as_floats(const T* rows, int64_t& stride, int n, int K, float* room, bool padded = false) {
   if constexpr (std::is_same_v<T, float>)

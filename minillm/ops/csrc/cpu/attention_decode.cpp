@@ -1,11 +1,12 @@
 // Attention for few queries, as in generation, where time goes into reading the cache.
 //
 // The idea: here keys lie across the lanes. All heads that share a key head read each key once, straight from the cache
-// in its own type; 16 dot products are added up together (see `sums`), and long caches are cut into pieces that several
-// threads read at once (split-K; Dao et al. 2023, "Flash-Decoding for long-context inference").
+// in its own type; 16 dot products are added up together (see `lane_sums`), and long caches are cut into pieces that
+// several threads read at once (split-K; Dao et al. 2023, "Flash-Decoding for long-context inference").
 #include <vector>
 
 #include "attention_block.h"
+#include "dots.h"
 #include "parallel.h"
 
 namespace {
@@ -13,25 +14,11 @@ namespace {
 constexpr int MOST_QUERIES = 16;
 constexpr int PIECE = 1024;  // keys of one piece; fixed, so that the number of threads does not change the result
 
-// Lane i of the result is the sum of all lanes of v[i]. Neighbours are added in pairs: LANES vectors become half as many
-// whose lanes are sums of two, until one is left.
-template <int N = LANES>
-inline Vec sums(Vec* v) {
-  if constexpr (N > 1) {
-    IntVec even, odd;
-    for (int lane = 0; lane < LANES; ++lane) even[lane] = 2 * lane, odd[lane] = 2 * lane + 1;
-#pragma GCC unroll 8
-    for (int i = 0; i < N / 2; ++i)
-      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
-    return sums<N / 2>(v);
-  }
-  return v[0];
-}
-
 // The dot products of Q queries with n <= LANES / Q keys, scores[i * PIECE + j]: LANES products at a time, each in a
 // register until all are added up.
 template <int Q, class T>
-[[gnu::noinline]] void dots(const float* q, int width, const T* keys, int64_t row, int n, int K, float* scores) {
+[[gnu::noinline]] void dot_products(const float* q, int width, const T* keys, int64_t row, int n, int K,
+                                    float* scores) {
   constexpr int N = LANES / Q;
   const T* key_rows[N];
   for (int j = 0; j < N; ++j) key_rows[j] = keys + std::min(j, n - 1) * row;
@@ -48,14 +35,14 @@ template <int Q, class T>
   for (; k + LANES <= K; k += LANES) multiply(k, [](const T* p) { return load(p); });
   if (k < K) multiply(k, [&](const T* p) { return load_first(p, K - k); });
   alignas(64) float result[LANES];
-  store(result, sums(products));
+  store(result, lane_sums(products));
   for (int i = 0; i < Q; ++i) std::copy_n(result + i * N, N, scores + i * PIECE);
 }
 
 template <int Q, class T>
 void score_queries(const float* q, int width, const T* keys, int64_t row, int n, int K, float* scores) {
   constexpr int N = LANES / Q;
-  for (int j = 0; j < n; j += N) dots<Q>(q, width, keys + j * row, row, std::min(N, n - j), K, scores + j);
+  for (int j = 0; j < n; j += N) dot_products<Q>(q, width, keys + j * row, row, std::min(N, n - j), K, scores + j);
 }
 
 // The scores of `count` queries with n keys, four queries at a time while there are four.

@@ -1,7 +1,7 @@
 // Rotary embedding, one stage: it is bound by memory, and one pass over it is all there is to win.
 //
-// A thread turns one pair of features (i, i + K/2): two numbers read, two written, and the table's cosines and sines come
-// from the cache after the first head. PyTorch's operations (product, roll, product, sum) pass over memory four times.
+// A thread turns one pair of features (i, i + K/2): two numbers read, two written, and the table's cosines and sines
+// come from the cache after the first head. PyTorch's operations (product, roll, product, sum) pass over memory four times.
 // Predicted on a GPU: 4 times faster than these, near the speed of a copy. Measured: not yet run on a GPU.
 #include "../rope.h"
 #include "device.cuh"
