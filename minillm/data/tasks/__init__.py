@@ -1,0 +1,5 @@
+"""Tasks: what a model is fine-tuned for and judged by."""
+
+from minillm.data.tasks.task import RECORDS, SPLITS, Choice, Question, Record, Rewrite, Tagged, Task, Text
+
+__all__ = ["RECORDS", "SPLITS", "Choice", "Question", "Record", "Rewrite", "Tagged", "Task", "Text"]

@@ -1,0 +1,164 @@
+"""What a task is: records in three splits, what is to be said of each, and how an answer is scored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, get_args
+
+Kind = Literal["classification", "regression", "choice", "tagging", "question_answering", "rewriting"]
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, or a pair of texts, and its class (a number into `Task.labels`) or its score (a float).
+
+    `group` names what records are judged together, such as the question of which this is one answer; "" for none.
+    """
+
+    text: str
+    label: int | float
+    second: str | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A text, and which of several continuations or answers fits it: a number into `choices`."""
+
+    text: str
+    choices: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """The words of a sentence and the tag of each, a number into `Task.labels`."""
+
+    words: tuple[str, ...]
+    tags: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, a paragraph that answers it, and the answers that count as right, each with its first character."""
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A text and what it should become; any of `targets` is right, the first is learned."""
+
+    source: str
+    targets: tuple[str, ...]
+
+
+Record: TypeAlias = Text | Choice | Tagged | Question | Rewrite
+RECORDS: Mapping[str, type] = MappingProxyType(
+    {
+        "classification": Text,
+        "regression": Text,
+        "choice": Choice,
+        "tagging": Tagged,
+        "question_answering": Question,
+        "rewriting": Rewrite,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Records to learn from (train), to choose by (valid) and to report (test), each split a tuple of records.
+
+    labels: the names of the classes or tags, in the order of their numbers; () for the other kinds.
+    metrics: names in `minillm.evaluation.METRICS`; the first is the score, more is better.
+    overlap: how many records of valid and test are known to stand in train as well. Published sets have some; a task
+        with more than it says is refused, because its scores would measure memory.
+    """
+
+    name: str
+    kind: Kind
+    splits: Mapping[str, tuple[Record, ...]] = field(repr=False)
+    metrics: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    description: str = ""
+    source: str = ""  # where the records come from, and who says so
+    licence: str = ""
+    overlap: int = 0
+
+    def __post_init__(self):
+        wrong = self._flaws()
+        if wrong:
+            raise ValueError(f"the task {self.name!r} cannot be used:\n  " + "\n  ".join(wrong))
+
+    @property
+    def score(self) -> str:
+        """The metric that counts."""
+        return self.metrics[0]
+
+    def __getitem__(self, split: str) -> tuple[Record, ...]:
+        return self.splits[split]
+
+    def _flaws(self) -> list[str]:
+        if self.kind not in get_args(Kind):
+            return [f"kind={self.kind!r}: one of {', '.join(get_args(Kind))}"]
+        wrong = [] if self.metrics else ["metrics is empty: name the one that is the score"]
+        if missing := [split for split in SPLITS if not self.splits.get(split)]:
+            wrong.append(f"no records in {', '.join(missing)}: bring some, or cut them from another split")
+        expected = RECORDS[self.kind]
+        for split, records in self.splits.items():
+            strange = [i for i, record in enumerate(records) if not isinstance(record, expected)]
+            flaws = [(i, flaw) for i, r in enumerate(records) if i not in set(strange) and (flaw := self._flaw(r))]
+            if strange:
+                wrong.append(f"{split}: {len(strange)} records are no {expected.__name__}, the first is {strange[0]}")
+            if flaws:
+                wrong.append(f"{split}: {len(flaws)} records are wrong, the first is {flaws[0][0]}: {flaws[0][1]}")
+        return wrong or self._leaks()
+
+    def _flaw(self, record: Any) -> str:
+        """What is wrong with one record, or ""."""
+        texts = [value for f in fields(record) if isinstance(value := getattr(record, f.name), str)]
+        if not any(text.strip() for text in texts) and not isinstance(record, Tagged):
+            return "it is empty"
+        if isinstance(record, Tagged):
+            if not record.words or len(record.words) != len(record.tags):
+                return f"{len(record.words)} words and {len(record.tags)} tags"
+            return next((self._no_label(tag) for tag in record.tags if self._no_label(tag)), "")
+        if isinstance(record, Choice):
+            return "" if 0 <= record.label < len(record.choices) else f"no choice has the number {record.label}"
+        if isinstance(record, Question):
+            answers = list(zip(record.answers, record.starts, strict=False))
+            if not answers or len(record.answers) != len(record.starts):
+                return f"{len(record.answers)} answers and {len(record.starts)} places"
+            lost = [text for text, start in answers if record.context[start : start + len(text)] != text]
+            return f"the answer {lost[0]!r} does not stand where it should" if lost else ""
+        if isinstance(record, Rewrite):
+            return (
+                "" if record.targets and all(t.strip() for t in record.targets) else "it has no target, or an empty one"
+            )
+        if self.kind == "regression":
+            number = isinstance(record.label, float) and record.label == record.label
+            return "" if number else f"its score is {record.label!r}, not a float"
+        return self._no_label(record.label)
+
+    def _no_label(self, label: Any) -> str:
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.labels):
+            return ""
+        return f"the label {label!r} is none of the numbers of {', '.join(self.labels) or 'no labels'}"
+
+    def _leaks(self) -> list[str]:
+        seen = {_content(record) for record in self.splits["train"]}
+        found = [r for split in SPLITS[1:] for r in self.splits[split] if _content(r) in seen]
+        if len(found) <= self.overlap:
+            return []
+        return [f"{len(found)} records of valid and test are also in train (known: {self.overlap}): {found[0]}"]
+
+
+def _content(record: Record) -> tuple[Any, ...]:
+    """What the model is shown of a record."""
+    hidden = {"label", "tags", "answers", "starts", "targets", "group"}
+    return tuple(getattr(record, f.name) for f in fields(record) if f.name not in hidden)
