@@ -1,6 +1,7 @@
 """What a task is: records in three splits, what is to be said of each, and how an answer is scored."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,6 +22,15 @@ class Text:
     second: str | None = None
     group: str = ""
 
+    def flaw(self, labels: Sequence[str] | None) -> str:
+        """What is wrong with the record, or ""; `labels` is None where the label is a score."""
+        if not f"{self.text}{self.second or ''}".strip():
+            return "it is empty"
+        if labels is not None:
+            return _no_number_of(self.label, labels)
+        finite = isinstance(self.label, float) and math.isfinite(self.label)
+        return "" if finite else f"its score is {self.label!r}, not a finite float"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -30,6 +40,11 @@ class Choice:
     choices: tuple[str, ...]
     label: int
 
+    def flaw(self, labels: Sequence[str] | None) -> str:
+        if not all(text.strip() for text in (self.text, *self.choices)):
+            return "its text or a choice is empty"
+        return _no_number_of(self.label, self.choices)
+
 
 @dataclass(frozen=True)
 class Tagged:
@@ -37,6 +52,11 @@ class Tagged:
 
     words: tuple[str, ...]
     tags: tuple[int, ...]
+
+    def flaw(self, labels: Sequence[str] | None) -> str:
+        if not self.words or len(self.words) != len(self.tags):
+            return f"{len(self.words)} words and {len(self.tags)} tags"
+        return next((flaw for tag in self.tags if (flaw := _no_number_of(tag, labels or ()))), "")
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,13 @@ class Question:
     answers: tuple[str, ...]
     starts: tuple[int, ...]
 
+    def flaw(self, labels: Sequence[str] | None) -> str:
+        if not self.question.strip() or not self.answers or len(self.answers) != len(self.starts):
+            return f"the question {self.question!r} has {len(self.answers)} answers and {len(self.starts)} places"
+        places = zip(self.answers, self.starts, strict=True)
+        lost = [a for a, start in places if not a or self.context[max(start, 0) : start + len(a)] != a]
+        return f"the answer {lost[0]!r} does not stand where it should" if lost else ""
+
 
 @dataclass(frozen=True)
 class Rewrite:
@@ -55,6 +82,17 @@ class Rewrite:
 
     source: str
     targets: tuple[str, ...]
+
+    def flaw(self, labels: Sequence[str] | None) -> str:
+        empty = not self.source.strip() or not self.targets or not all(target.strip() for target in self.targets)
+        return "its source or a target is empty, or it has none" if empty else ""
+
+
+def _no_number_of(label: Any, names: Sequence[str]) -> str:
+    """Why `label` is no number of one of the names; "" if it is."""
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
+        return ""
+    return f"the label {label!r} is none of the numbers of {', '.join(names) or 'no labels'}"
 
 
 Record: TypeAlias = Text | Choice | Tagged | Question | Rewrite
@@ -91,6 +129,9 @@ class Task:
     overlap: int = 0
 
     def __post_init__(self):
+        own = {split: tuple(records) for split, records in self.splits.items()}
+        object.__setattr__(self, "splits", MappingProxyType(own))  # the one way to finish a frozen dataclass
+        object.__setattr__(self, "labels", tuple(self.labels))
         wrong = self._flaws()
         if wrong:
             raise ValueError(f"the task {self.name!r} cannot be used:\n  " + "\n  ".join(wrong))
@@ -109,46 +150,15 @@ class Task:
         wrong = [] if self.metrics else ["metrics is empty: name the one that is the score"]
         if missing := [split for split in SPLITS if not self.splits.get(split)]:
             wrong.append(f"no records in {', '.join(missing)}: bring some, or cut them from another split")
-        expected = RECORDS[self.kind]
+        expected, labels = RECORDS[self.kind], None if self.kind == "regression" else self.labels
         for split, records in self.splits.items():
             strange = [i for i, record in enumerate(records) if not isinstance(record, expected)]
-            flaws = [(i, flaw) for i, r in enumerate(records) if i not in set(strange) and (flaw := self._flaw(r))]
+            flaws = [(i, flaw) for i, r in enumerate(records) if i not in set(strange) and (flaw := r.flaw(labels))]
             if strange:
                 wrong.append(f"{split}: {len(strange)} records are no {expected.__name__}, the first is {strange[0]}")
             if flaws:
                 wrong.append(f"{split}: {len(flaws)} records are wrong, the first is {flaws[0][0]}: {flaws[0][1]}")
         return wrong or self._leaks()
-
-    def _flaw(self, record: Any) -> str:
-        """What is wrong with one record, or ""."""
-        texts = [value for f in fields(record) if isinstance(value := getattr(record, f.name), str)]
-        if not any(text.strip() for text in texts) and not isinstance(record, Tagged):
-            return "it is empty"
-        if isinstance(record, Tagged):
-            if not record.words or len(record.words) != len(record.tags):
-                return f"{len(record.words)} words and {len(record.tags)} tags"
-            return next((self._no_label(tag) for tag in record.tags if self._no_label(tag)), "")
-        if isinstance(record, Choice):
-            return "" if 0 <= record.label < len(record.choices) else f"no choice has the number {record.label}"
-        if isinstance(record, Question):
-            answers = list(zip(record.answers, record.starts, strict=False))
-            if not answers or len(record.answers) != len(record.starts):
-                return f"{len(record.answers)} answers and {len(record.starts)} places"
-            lost = [text for text, start in answers if record.context[start : start + len(text)] != text]
-            return f"the answer {lost[0]!r} does not stand where it should" if lost else ""
-        if isinstance(record, Rewrite):
-            return (
-                "" if record.targets and all(t.strip() for t in record.targets) else "it has no target, or an empty one"
-            )
-        if self.kind == "regression":
-            number = isinstance(record.label, float) and record.label == record.label
-            return "" if number else f"its score is {record.label!r}, not a float"
-        return self._no_label(record.label)
-
-    def _no_label(self, label: Any) -> str:
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.labels):
-            return ""
-        return f"the label {label!r} is none of the numbers of {', '.join(self.labels) or 'no labels'}"
 
     def _leaks(self) -> list[str]:
         seen = {_content(record) for record in self.splits["train"]}
