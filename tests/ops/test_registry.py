@@ -46,7 +46,7 @@ def test_backend_is_restored_after_an_error():
 def test_info_says_why_a_faster_backend_does_not_run(monkeypatch):
     assert ops.info()["attention"]["runs"] == "torch"
     assert ops.info()["attention"]["native"].startswith("not selected: the backend is 'torch'")
-    assert ops.info()["rms_norm"]["native"] == "no kernel of ours: PyTorch's operations run"
+    assert ops.info()["layer_norm"]["native"] == "no kernel of ours: PyTorch's operations run"
     with ops.use_backend("reference"):
         assert ops.info()["attention"]["torch"] == "not selected: the backend is 'reference'"
     with ops.use_backend("auto"):

@@ -19,6 +19,7 @@
 #include "linear.h"
 #include "lora.h"
 #include "nf4.h"
+#include "norm.h"
 #include "rope.h"
 
 using torch::headeronly::ScalarType;
@@ -29,6 +30,7 @@ void minillm_cpu_attention_forward(const Attention*);
 void minillm_cpu_attention_backward(const AttentionGrad*);
 void minillm_cpu_attention_decode(const Attention*);
 void minillm_cpu_rope(const Rope*);
+void minillm_cpu_rms_norm(const RmsNorm*);
 void minillm_cpu_linear(const Linear*);
 void minillm_cpu_lora_gather(const LoraGather*);
 void minillm_cpu_lora_gather_backward(const LoraGatherGrad*);
@@ -205,6 +207,19 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType t
                         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_uint8();
   return empty_strided(like, sizes, strides, dtype);
+}
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  const int64_t D = x.size(x.dim() - 1);
+  require(x.is_contiguous() && weight.is_contiguous() && weight.dim() == 1 && weight.size(0) == D &&
+              weight.scalar_type() == x.scalar_type(),
+          "x (.., D) and weight (D) of one type, side by side in memory");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  Tensor y = empty(x, sizes, x.scalar_type());
+  const RmsNorm call{x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), D ? x.numel() / D : 0,
+                     dtype_of(x),        int32_t(D),              float(eps)};
+  minillm_cpu_rms_norm(&call);
+  return y;
 }
 
 void adjacent(const Tensor& x, int64_t dimensions) {
@@ -433,6 +448,7 @@ STABLE_TORCH_LIBRARY(minillm, m) {
   m.def("attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? keys,"
         " bool causal, int window, int prefix, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> Tensor");
   m.def("lora_gather(Tensor y, Tensor x, Tensor a, Tensor b, Tensor? rows, Tensor? ranks, Tensor? scale)"
@@ -451,6 +467,7 @@ STABLE_TORCH_LIBRARY_IMPL(minillm, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("rope", TORCH_BOX(&rope));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("lora_linear", TORCH_BOX(&lora_linear));
   m.impl("lora_gather", TORCH_BOX(&lora_gather));
