@@ -98,7 +98,7 @@ def _read_files(files: list[Path], fields: Fields) -> list[Document]:
     for file in files:
         read = READERS.get(_extension(file), _read_plain)
         try:
-            documents += read(file, _decode(file), fields)
+            documents += read(file, decode(file), fields)
         except ValueError as error:
             broken.append(str(error))
     if broken:
@@ -107,7 +107,7 @@ def _read_files(files: list[Path], fields: Fields) -> list[Document]:
     return documents
 
 
-def _decode(file: Path) -> str:
+def decode(file: Path) -> str:
     """The file's text. Only UTF-8: guessing an encoding gives wrong letters without a word."""
     try:
         data = file.read_bytes()

@@ -2,5 +2,18 @@
 
 from minillm.evaluation.examples import evaluate
 from minillm.evaluation.language_model import language_model_loss
+from minillm.evaluation.metrics import METRICS, find_metric
+from minillm.evaluation.statistics import bootstrap, bootstrap_metric, over_seeds, paired_bootstrap
+from minillm.evaluation.stereotypes import stereotype_scores
 
-__all__ = ["evaluate", "language_model_loss"]
+__all__ = [
+    "METRICS",
+    "bootstrap",
+    "bootstrap_metric",
+    "evaluate",
+    "find_metric",
+    "language_model_loss",
+    "over_seeds",
+    "paired_bootstrap",
+    "stereotype_scores",
+]

@@ -30,6 +30,10 @@ HEAVY = (
     "huggingface_hub",
     "tokenizers",
     "jinja2",
+    "sklearn",
+    "scipy",
+    "sacrebleu",
+    "seqeval",
 )
 
 

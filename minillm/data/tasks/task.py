@@ -161,14 +161,14 @@ class Task:
         return wrong or self._leaks()
 
     def _leaks(self) -> list[str]:
-        seen = {_content(record) for record in self.splits["train"]}
-        found = [r for split in SPLITS[1:] for r in self.splits[split] if _content(r) in seen]
+        seen = {content(record) for record in self.splits["train"]}
+        found = [r for split in SPLITS[1:] for r in self.splits[split] if content(r) in seen]
         if len(found) <= self.overlap:
             return []
         return [f"{len(found)} records of valid and test are also in train (known: {self.overlap}): {found[0]}"]
 
 
-def _content(record: Record) -> tuple[Any, ...]:
+def content(record: Record) -> tuple[Any, ...]:
     """What the model is shown of a record."""
     hidden = {"label", "tags", "answers", "starts", "targets", "group"}
     return tuple(getattr(record, f.name) for f in fields(record) if f.name not in hidden)
