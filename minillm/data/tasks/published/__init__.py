@@ -12,7 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from minillm.data.tasks.task import Record, Task
+from minillm.later import later
 
+__getattr__ = later(__name__, {"download": "fetching", "left_out": "fetching"})
 HERE = __name__
 PUBLISHED: Mapping[str, str] = MappingProxyType(
     {

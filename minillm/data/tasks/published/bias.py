@@ -13,7 +13,7 @@ CROWS_PAIRS = Source(
     "Nangia et al. 2020, CrowS-Pairs: A Challenge Dataset for Measuring Social Biases in Masked Language Models",
     "CC BY-SA 4.0",
 )
-FILE = "data_crows_pairs_anonymized.csv"
+FILES = ("crows_pairs_anonymized.csv", "data_crows_pairs_anonymized.csv")  # under either name
 DIRECTIONS = ("stereo", "antistereo")
 BIAS_TYPES = (
     "age", "disability", "gender", "nationality", "physical-appearance", "race-color", "religion", "sexual-orientation",
@@ -41,9 +41,10 @@ def crows_pairs(folder: str | Path | None = None) -> tuple[SentencePair, ...]:
     that the pairs were written by few people in the USA; Blodgett et al. 2021, Stereotyping Norwegian Salmon, found
     flaws in nearly all of them. Treat the number as a symptom, not as a proof of fairness.
     """
-    with Files(CROWS_PAIRS, folder, (FILE,)) as files:
+    with Files(CROWS_PAIRS, folder, FILES) as files:
+        name = next(name for name in FILES if files.has(name))
         columns = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
-        return tuple(files.records(files.table(FILE, columns, header=True, quoted=True), _pair))
+        return tuple(files.records(files.table(name, columns, header=True, quoted=True), _pair))
 
 
 def _pair(row: dict) -> SentencePair:

@@ -109,6 +109,9 @@ class Files:
             except json.JSONDecodeError as error:
                 self.flaws.append(f"{name}:{row.number}: not JSON, column {error.colno}: {error.msg}")
                 continue
+            except RecursionError:
+                self.flaws.append(f"{name}:{row.number}: nested too deeply")
+                continue
             if isinstance(value, dict):
                 rows.append(row._replace(value=value))
             else:
