@@ -3,7 +3,13 @@
 from minillm.evaluation.examples import evaluate
 from minillm.evaluation.language_model import language_model_loss
 from minillm.evaluation.metrics import METRICS, find_metric
-from minillm.evaluation.statistics import bootstrap, bootstrap_metric, over_seeds, paired_bootstrap
+from minillm.evaluation.statistics import (
+    bootstrap,
+    bootstrap_metric,
+    over_seeds,
+    paired_bootstrap,
+    paired_bootstrap_metric,
+)
 from minillm.evaluation.stereotypes import stereotype_scores
 
 __all__ = [
@@ -15,5 +21,6 @@ __all__ = [
     "language_model_loss",
     "over_seeds",
     "paired_bootstrap",
+    "paired_bootstrap_metric",
     "stereotype_scores",
 ]

@@ -61,23 +61,19 @@ def bootstrap_metric(
     predictions: Sequence,
     references: Sequence,
     *,
+    groups: Sequence[str] | None = None,
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
     """The same for a metric that is no mean over records, such as F1, a correlation or BLEU: it is computed anew.
 
-    Resamples in which the metric is not defined, such as a correlation with one class only, raise its error.
+    groups: the `group` of each record; then whole groups are drawn, because their records stand or fall together, and
+    the metric is given them. Resamples in which the metric is not defined, such as a correlation with references that
+    are all equal, raise its error.
     """
-    _check(confidence, resamples)
-    if len(predictions) != len(references) or not len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references: as many of each, and some")
-    generator = np.random.default_rng(seed)
-    scores = [
-        metric([predictions[i] for i in drawn], [references[i] for i in drawn])
-        for drawn in (generator.integers(len(references), size=len(references)) for _ in range(resamples))
-    ]
-    return _interval(metric(predictions, references), np.array(scores), confidence)
+    scores = _resampled_scores(metric, [predictions], references, groups, resamples, seed)[:, 0]
+    return _interval(_score(metric, predictions, references, groups), scores, confidence)
 
 
 def paired_bootstrap(
@@ -97,10 +93,62 @@ def paired_bootstrap(
     if len(a) != len(b):
         raise ValueError(f"the systems were judged on {len(a)} and {len(b)} records; a pair needs the same ones")
     differences = a - b
-    means = _resampled_means(differences, resamples, seed)
-    other_side = int(min(np.sum(means <= 0), np.sum(means >= 0)))
-    p_value = min(1.0, 2 * (other_side + 1) / (resamples + 1))  # the data are one resample more: never 0
-    return Comparison(_interval(differences.mean(), means, confidence), p_value)
+    return _compare(differences.mean(), _resampled_means(differences, resamples, seed), confidence)
+
+
+def paired_bootstrap_metric(
+    metric: Callable[..., float],
+    first: Sequence,
+    second: Sequence,
+    references: Sequence,
+    *,
+    groups: Sequence[str] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """The same for a metric that is no mean over records; first and second are the systems' predictions."""
+    scores = _resampled_scores(metric, [first, second], references, groups, resamples, seed)
+    difference = _score(metric, first, references, groups) - _score(metric, second, references, groups)
+    return _compare(difference, scores[:, 0] - scores[:, 1], confidence)
+
+
+def _compare(difference: float, resampled: np.ndarray, confidence: float) -> Comparison:
+    other_side = int(min(np.sum(resampled <= 0), np.sum(resampled >= 0)))
+    p_value = min(1.0, 2 * (other_side + 1) / (len(resampled) + 1))  # the data are one resample more: never 0
+    return Comparison(_interval(difference, resampled, confidence), p_value)
+
+
+def _score(metric: Callable[..., float], predictions: Sequence, references: Sequence, groups: Sequence | None) -> float:
+    return metric(predictions, references) if groups is None else metric(predictions, references, groups=groups)
+
+
+def _resampled_scores(
+    metric: Callable[..., float],
+    systems: Sequence[Sequence],
+    references: Sequence,
+    groups: Sequence[str] | None,
+    resamples: int,
+    seed: int,
+) -> np.ndarray:
+    """The metric of every system on the same resamples (resamples, systems)."""
+    _check(0.5, resamples)
+    lengths = [*map(len, systems), len(references), *([] if groups is None else [len(groups)])]
+    if len(set(lengths)) != 1 or not lengths[0]:
+        raise ValueError(f"predictions, references and groups must be as many, at least one; there are {lengths}")
+    units: dict[object, list[int]] = {}  # what is drawn: a group of records, or each record
+    for i in range(len(references)):
+        units.setdefault(i if groups is None else groups[i], []).append(i)
+    members, generator = list(units.values()), np.random.default_rng(seed)
+    scores = np.empty((resamples, len(systems)))
+    for row in scores:
+        drawn = generator.integers(len(members), size=len(members))
+        places = [i for unit in drawn for i in members[unit]]
+        # a group that is drawn twice is two groups
+        names = None if groups is None else [str(n) for n, unit in enumerate(drawn) for _ in members[unit]]
+        wanted = [references[i] for i in places]
+        row[:] = [_score(metric, [system[i] for i in places], wanted, names) for system in systems]
+    return scores
 
 
 def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:

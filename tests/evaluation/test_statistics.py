@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from minillm.evaluation import METRICS, bootstrap, bootstrap_metric, over_seeds, paired_bootstrap
+from minillm.evaluation import (
+    METRICS,
+    bootstrap,
+    bootstrap_metric,
+    over_seeds,
+    paired_bootstrap,
+    paired_bootstrap_metric,
+)
 
 
 def test_seeds_by_hand():
@@ -59,12 +66,45 @@ def test_a_metric_that_is_no_mean():
     predicted, wanted = [1, 1, 0, 1, 0, 0, 1, 0] * 10, [1, 0, 0, 1, 1, 0, 1, 0] * 10
     right = [float(p == w) for p, w in zip(predicted, wanted, strict=True)]
     by_records = bootstrap(right, resamples=2000)
-    anew = bootstrap_metric(METRICS["accuracy"], predicted, wanted, resamples=2000)
+    anew = bootstrap_metric(METRICS["accuracy"], predicted, wanted, resamples=1000)
     assert (anew.low, anew.high) == pytest.approx((by_records.low, by_records.high), abs=0.02)
     f1 = bootstrap_metric(METRICS["f1"], predicted, wanted, resamples=200)
     assert f1.low < f1.mean == METRICS["f1"](predicted, wanted) < f1.high
     with pytest.raises(ValueError, match="needs references that differ"):
         bootstrap_metric(METRICS["pearson"], [1.0, 2.0], [1.0, 2.0], resamples=50)
+
+
+def test_whole_groups_are_drawn():
+    wanted, groups = [1] * 300, [str(i // 30) for i in range(300)]
+    predicted = [int(i // 30 < 5) for i in range(300)]  # a group is all right or all wrong
+    together = bootstrap_metric(METRICS["accuracy"], predicted, wanted, groups=groups, resamples=1000)
+    of_groups = bootstrap([1.0] * 5 + [0.0] * 5, resamples=4000)  # ten records in truth, not three hundred
+    assert (together.low, together.high) == pytest.approx((of_groups.low, of_groups.high), abs=0.051)
+    alone = bootstrap_metric(METRICS["accuracy"], predicted, wanted, resamples=400)
+    assert alone.high - alone.low < 0.5 * (together.high - together.low)
+    predicted[0] = 0  # one wrong answer spoils its group, also where the group is drawn twice
+    exact = bootstrap_metric(METRICS["group_exact_match"], predicted, wanted, groups=groups, resamples=1000)
+    of_groups = bootstrap([1.0] * 4 + [0.0] * 6, resamples=4000)
+    assert exact.mean == pytest.approx(0.4)
+    assert (exact.low, exact.high) == pytest.approx((of_groups.low, of_groups.high), abs=0.051)
+
+
+def test_pairs_of_a_metric_that_is_no_mean():
+    generator = np.random.default_rng(0)
+    wanted = generator.integers(2, size=200)
+    first, second = (np.where(generator.random(200) < right, wanted, 1 - wanted).tolist() for right in (0.9, 0.7))
+    wanted = wanted.tolist()
+    right = [[float(p == w) for p, w in zip(system, wanted, strict=True)] for system in (first, second)]
+    by_records = paired_bootstrap(*right, resamples=600)
+    anew = paired_bootstrap_metric(METRICS["accuracy"], first, second, wanted, resamples=600)
+    assert anew.difference.mean == pytest.approx(by_records.difference.mean)
+    assert (anew.difference.low, anew.difference.high) == pytest.approx(
+        (by_records.difference.low, by_records.difference.high), abs=0.02
+    )
+    found = paired_bootstrap_metric(METRICS["f1"], first, second, wanted, resamples=150)
+    assert found.difference.low > 0 and found.p_value < 0.02
+    same = paired_bootstrap_metric(METRICS["f1"], first, first, wanted, resamples=50)
+    assert (same.p_value, same.difference.low, same.difference.high) == (1.0, 0.0, 0.0)
 
 
 def test_pairs_see_what_two_intervals_hide():
@@ -107,5 +147,7 @@ def test_bad_input_is_one_error():
     for wrong in ({"confidence": 95}, {"confidence": 0.0}, {"resamples": 0}):
         with pytest.raises(ValueError, match="between 0 and 1, and at least 1"):
             bootstrap([1.0, 2.0], **wrong)
-    with pytest.raises(ValueError, match="1 predictions for 2 references"):
+    with pytest.raises(ValueError, match=r"must be as many, at least one; there are \[1, 2\]"):
         bootstrap_metric(METRICS["accuracy"], [1], [1, 0])
+    with pytest.raises(ValueError, match=r"must be as many, at least one; there are \[2, 2, 2, 1\]"):
+        paired_bootstrap_metric(METRICS["accuracy"], [1, 0], [1, 1], [1, 0], groups=["a"])

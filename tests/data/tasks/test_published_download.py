@@ -129,11 +129,15 @@ def test_a_users_file_is_not_overwritten(tmp_path, server, pins):
 
 def test_a_huge_file_in_an_archive_is_not_unpacked_whole(tmp_path, server, pins):
     address, served, _ = server
-    served["/bomb.gz"] = gzip.compress(bytes(50_000_000))
-    pins(sst2={"files": {"a": pin("bomb.gz", b"small")}})
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a", bytes(50_000_000))
+    served["/bomb.gz"], served["/bomb.zip"] = gzip.compress(bytes(50_000_000)), buffer.getvalue()
     six_zeros = hashlib.sha256(bytes(len(b"small") + 1)).hexdigest()
-    with pytest.raises(ValueError, match=six_zeros):
-        download("sst2", tmp_path, address=address)
+    for url, more in (("bomb.gz", {}), ("bomb.zip", {"member": "a"})):
+        pins(sst2={"files": {"a": pin(url, b"small", **more)}})
+        with pytest.raises(ValueError, match=six_zeros):
+            download("sst2", tmp_path, address=address)
 
 
 def test_servers_that_fail(tmp_path, server, pins, monkeypatch):

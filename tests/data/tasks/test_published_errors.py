@@ -145,6 +145,10 @@ def test_a_header_needs_its_columns(tmp_path):
         ("ud_sl_ner", "sl_ssj-ud-dev.conllu", "1\ta\t_\tX\t_\t_\t_\t_\t_\tNER=B-x\n", r"the label 'B-x' is none of O"),
         ("wnut17", "emerging.dev.conll", "a O\n", r"dev.conll:1: 'a O': expected a word, a tab and a tag"),
         ("wnut17", "emerging.dev.conll", "a\tB-x,B-y\n", r"the label 'B-x,B-y' is none of O, B-corporation"),
+        ("slo_multirc", "HumanT/MultiRC/val.jsonl", '{"idx": 1, "Passage": 3, "passage": {"text": "a", "questions": {}}'
+         "}", r"'Passage' is 3, expected a dict"),
+        ("chemprot", "chemprot/dev.txt", "\n", r"dev.txt is empty"),
+        ("chemprot", "chemprot/dev.txt", "[" * 100_000, r"dev.txt:1: nested too deeply"),
         ("multi30k", "val.en", "a\n\nb\n", r"val.en:2: an empty line"),
         ("en_sl", "rte_human.tsv", "a\tb\tc\n", r"rte_human.tsv:1: 3 cells, not 2 \(english, slovene\)"),
         ("scitldr", "dev.jsonl", '{"source": ["a"], "target": []}\n', r"dev.jsonl:1: 'target' is \[\], expected"),

@@ -4,10 +4,17 @@ import json
 
 import pytest
 
-from minillm.data.tasks import Choice, Rewrite, Tagged, Text
-from minillm.data.tasks.published import PUBLISHED, UNLABELLED, load, unlabelled
+from minillm.data.tasks import Choice, Rewrite, Tagged, Text, published
+from minillm.data.tasks.published import PUBLISHED, UNLABELLED, unlabelled
 from minillm.data.tasks.published.bias import SentencePair, crows_pairs
+from minillm.evaluation import METRICS
 from minillm.ops import IGNORE
+
+
+def load(name, folder, **options):
+    task = published.load(name, folder, **options)
+    assert set(task.metrics) <= set(METRICS) and task.licence and "\n" not in task.description
+    return task
 
 
 def write(folder, files):
@@ -90,13 +97,13 @@ def test_rte(tmp_path):
     train = [(str(i), f"premise {i // 2}", f'"h {i}', labels[i % 2]) for i in range(40)]
     write(tmp_path, {
         "train.tsv": [header, *train], "dev.tsv": [header, ("0", "a", "b", "entailment")],
-        "test.tsv": [header[:3], ("7", "c", "d")],
+        "test.tsv": [header[:3], ("0", "c", "d")],
     })  # fmt: skip
     task = load("rte", tmp_path)
     assert task["test"] == (Text("a", 0, "b"),) and task.labels == labels
     assert [len(task[split]) for split in task.splits] == [36, 4, 1]
     assert not {r.text for r in task["train"]} & {r.text for r in task["valid"]}  # premises stay together
-    assert unlabelled("rte", tmp_path) == [("7", Text("c", IGNORE, "d"))]
+    assert unlabelled("rte", tmp_path) == [("0", Text("c", IGNORE, "d"))]
 
 
 def test_si_nli(tmp_path):

@@ -124,8 +124,8 @@ def test_ten_folds_of_film_reviews():
 @pytest.mark.parametrize(
     ("name", "record"),
     [
-        ("rte", Text("Dana Reeve, the widow of the actor Christopher Reeve, has died of lung cancer at age 44, according "
-                     "to the Christopher Reeve Foundation.", 1, "Christopher Reeve had an accident.")),
+        ("rte", Text("Dana Reeve, the widow of the actor Christopher Reeve, has died of lung cancer at age 44, "
+                     "according to the Christopher Reeve Foundation.", 1, "Christopher Reeve had an accident.")),
         ("stsb", Text("A girl is styling her hair.", 2.5, "A girl is brushing her hair.")),
         ("slo_copa", Choice("Dekle je v kosmičih našlo žuželko. Kaj se je zgodilo zaradi tega?",
                             ("V skodelico je nalila mleko.", "Izgubila je apetit."), 1)),

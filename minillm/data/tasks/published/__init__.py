@@ -2,6 +2,9 @@
 
 `load("sst2", "data/sst2")`; the folder may be the set's own or the one of all sets, and without one the environment
 variable MINILLM_DATA names it. Nothing is fetched unless `download` is called.
+
+A new set is a function in a file of its family, with a `Source` that says where it comes from, and a line in PUBLISHED;
+a line in pins.json for each file makes it downloadable.
 """
 
 import importlib

@@ -10,7 +10,7 @@ from minillm.data.tasks.published import superglue
 from minillm.data.tasks.published.files import Files
 from minillm.data.tasks.published.multirc import multirc as multirc_form
 from minillm.data.tasks.published.source import Source
-from minillm.data.tasks.task import Task
+from minillm.data.tasks.task import SPLITS, Task
 
 FEWGLUE = Source(
     "fewglue",
@@ -70,6 +70,6 @@ def _task(task: str, folder: str | Path | None, description: str) -> Task:
     with Files(FEWGLUE, folder, [f"{task}/{name}.jsonl" for name in ("train", "dev32", "val")]) as files:
         splits = {
             split: [record for _, record in superglue.read(files, name, form)]
-            for split, name in zip(("train", "valid", "test"), files.names, strict=True)
+            for split, name in zip(SPLITS, files.names, strict=True)
         }
     return FEWGLUE.task(f"few_{task.lower()}", form.kind, splits, form.metrics, form.labels, description=description)

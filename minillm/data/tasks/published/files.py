@@ -26,7 +26,7 @@ class Row(NamedTuple):
 class Files:
     """The files of one set, as a context: its end raises one ValueError with everything that was wrong in them.
 
-    Example: `with Files(SOURCE, folder, ["train.tsv"]) as files: texts = files.records(files.table("train.tsv", 2), f)`
+    Example: `with Files(SOURCE, folder, ["a.tsv"]) as files: made = files.records(files.table("a.tsv", columns), make)`
     """
 
     def __init__(self, source: Source, folder: str | Path | None, names: Sequence[str]):
@@ -57,13 +57,16 @@ class Files:
             self.flaws.append(f"{name} is missing; its folder holds {', '.join(beside) or 'nothing'}")
             return ""
         try:
-            return decode(self.folder / name)
+            content = decode(self.folder / name)
         except ValueError as error:
             self.flaws.append(str(error))
             return ""
+        if not content.strip():
+            self.flaws.append(f"{name} is empty")
+        return content
 
     def lines(self, name: str) -> list[Row]:
-        """The lines as they stand, without white space at their ends; an empty one in between is a flaw."""
+        """The lines as they stand; an empty one is a flaw."""
         # not splitlines(): U+2028, U+0085 and their like stand inside texts
         lines = self.text(name).removesuffix("\n").split("\n")
         rows = [Row(name, number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1)]

@@ -18,8 +18,8 @@ def multirc(*, patchy: bool = False) -> Form:
 
     def records(row: dict, label: Callable[[dict], int]) -> list[Named]:
         passage = member(row, "passage", dict)
-        if patchy:
-            passage = _merged(passage, row.get("Passage", {}))
+        if patchy and "Passage" in row:
+            passage = _merged(passage, member(row, "Passage", dict))
         text, place = member(passage, "text"), _number(row, patchy)
         made = []
         for question in _items(passage, "questions", patchy):
@@ -55,10 +55,11 @@ def _number(item: dict, patchy: bool) -> int:
     return int(text.removesuffix(".0"))
 
 
-def _merged(whole: dict, part: dict) -> dict:
+def _merged(whole: Any, part: Any) -> Any:
     """`whole` with what only `part` has, at every depth."""
-    both = {key: _merged(whole[key], part[key]) for key in part if isinstance(whole.get(key), dict)}
-    return {**part, **whole, **both}
+    if not isinstance(whole, dict) or not isinstance(part, dict):
+        return whole
+    return {**part, **{key: _merged(value, part.get(key)) for key, value in whole.items()}}
 
 
 def _truth(answer: dict) -> Any:

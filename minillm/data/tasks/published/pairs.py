@@ -6,7 +6,7 @@ from pathlib import Path
 from minillm.data.tasks.published.cut import cut
 from minillm.data.tasks.published.files import Files, Flaw, member, number_of
 from minillm.data.tasks.published.source import Source, one_of, variant
-from minillm.data.tasks.task import Record, Task, Text
+from minillm.data.tasks.task import SPLITS, Record, Task, Text
 from minillm.ops import IGNORE
 
 RTE = Source(
@@ -42,21 +42,14 @@ def rte(folder: str | Path | None = None) -> Task:
     train, cut by first texts. `rte_unlabelled` has the 3,000 test pairs for a submission.
     """
     with Files(RTE, folder, ("train.tsv", "dev.tsv")) as files:
-        columns = ("index", "sentence1", "sentence2", "label")
-        train, test = (
-            files.records(
-                files.table(name, columns, header=True), lambda row: _pair(row, "sentence1", "sentence2", RTE_LABELS)
-            )
-            for name in files.names
-        )
+        train, test = (_pairs(files, name, "sentence1", "sentence2", RTE_LABELS) for name in files.names)
     return RTE.task("rte", "classification", _cut(train, test), ("accuracy",), RTE_LABELS, description=rte.__doc__)
 
 
 def rte_unlabelled(folder: str | Path | None = None) -> list[tuple[str, Record]]:
-    """GLUE's 3,000 test pairs."""
+    """GLUE's 3,000 test pairs, numbered from 0 as in the column `index`."""
     with Files(RTE, folder, ("test.tsv",)) as files:
-        rows = files.table("test.tsv", ("index", "sentence1", "sentence2"), header=True)
-        return files.records(rows, lambda row: (member(row, "index"), _pair(row, "sentence1", "sentence2")))
+        return _numbered(_pairs(files, "test.tsv", "sentence1", "sentence2"))
 
 
 def si_nli(folder: str | Path | None = None) -> Task:
@@ -66,13 +59,7 @@ def si_nli(folder: str | Path | None = None) -> Task:
     14 columns, quotes meaning nothing. `si_nli_unlabelled` has the 998 test pairs for a submission to SloBENCH.
     """
     with Files(SI_NLI, folder, ("train.tsv", "dev.tsv")) as files:
-        columns = ("premise", "hypothesis", "label")
-        train, test = (
-            files.records(
-                files.table(name, columns, header=True), lambda row: _pair(row, "premise", "hypothesis", NLI_LABELS)
-            )
-            for name in files.names
-        )
+        train, test = (_pairs(files, name, "premise", "hypothesis", NLI_LABELS) for name in files.names)
     splits = _cut(train, test)
     return SI_NLI.task("si_nli", "classification", splits, ("accuracy",), NLI_LABELS, description=si_nli.__doc__)
 
@@ -80,9 +67,7 @@ def si_nli(folder: str | Path | None = None) -> Task:
 def si_nli_unlabelled(folder: str | Path | None = None) -> list[tuple[str, Record]]:
     """The 998 test pairs of SI-NLI, numbered from 0 as they have no names."""
     with Files(SI_NLI, folder, ("test_without_labels.tsv",)) as files:
-        rows = files.table("test_without_labels.tsv", ("premise", "hypothesis"), header=True)
-        pairs = files.records(rows, lambda row: _pair(row, "premise", "hypothesis"))
-    return [(str(number), pair) for number, pair in enumerate(pairs)]
+        return _numbered(_pairs(files, "test_without_labels.tsv", "premise", "hypothesis"))
 
 
 def stsb(folder: str | Path | None = None, *, language: str = "en") -> Task:
@@ -96,23 +81,26 @@ def stsb(folder: str | Path | None = None, *, language: str = "en") -> Task:
     with Files(STSB, folder, names) as files:
         splits = {
             split: files.records(files.table(name, ("first", "second", "score"), quoted=True), _scored)
-            for split, name in zip(("train", "valid", "test"), names, strict=True)
+            for split, name in zip(SPLITS, names, strict=True)
         }
-    name = variant("stsb", default="en", chosen=language)
-    return STSB.task(
-        name,
-        "regression",
-        splits,
-        ("pearson", "spearman"),
-        description=stsb.__doc__,
-        overlap=13 if language == "en" else None,
-    )
+    name, overlap = variant("stsb", default="en", chosen=language), 13 if language == "en" else None
+    metrics = ("pearson", "spearman")
+    return STSB.task(name, "regression", splits, metrics, description=stsb.__doc__, overlap=overlap)
 
 
-def _pair(row: dict, first: str, second: str, labels: tuple[str, ...] = ()) -> Text:
-    """Without `labels` the record's label is IGNORE: nobody knows it."""
-    label = number_of(member(row, "label").strip(), labels) if labels else IGNORE
-    return Text(member(row, first), label, member(row, second))
+def _pairs(files: Files, name: str, first: str, second: str, labels: tuple[str, ...] = ()) -> list[Text]:
+    """Without `labels` the label of every record is IGNORE: nobody knows it."""
+
+    def pair(row: dict) -> Text:
+        label = number_of(member(row, "label").strip(), labels) if labels else IGNORE
+        return Text(member(row, first), label, member(row, second))
+
+    columns = (first, second, "label") if labels else (first, second)
+    return files.records(files.table(name, columns, header=True), pair)
+
+
+def _numbered(pairs: list[Text]) -> list[tuple[str, Record]]:
+    return [(str(number), pair) for number, pair in enumerate(pairs)]
 
 
 def _scored(row: dict) -> Text:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minillm.data.tasks.published.files import Files, Flaw, member
 from minillm.data.tasks.published.source import Source, one_of, variant
-from minillm.data.tasks.task import Rewrite, Task
+from minillm.data.tasks.task import SPLITS, Rewrite, Task
 
 MULTI30K = Source(
     "multi30k",
@@ -75,7 +75,7 @@ def en_sl(folder: str | Path | None = None, *, direction: str = "en-sl") -> Task
             seen.update(text for pair in pairs[split] for text in pair)
     splits = {
         split: [Rewrite(*((en, (sl,)) if direction == "en-sl" else (sl, (en,)))) for en, sl in pairs[split]]
-        for split in ("train", "valid", "test")
+        for split in SPLITS
     }
     name = variant("en_sl", default="en-sl", chosen=direction)
     return EN_SL.task(name, "rewriting", splits, ("bleu", "chrf"), description=en_sl.__doc__)
@@ -93,8 +93,7 @@ def scitldr(folder: str | Path | None = None) -> Task:
     """
     with Files(SCITLDR, folder, [f"{split}.jsonl" for split in ("train", "dev", "test")]) as files:
         splits = {
-            split: files.records(files.objects(name), _summary)
-            for split, name in zip(("train", "valid", "test"), files.names, strict=True)
+            split: files.records(files.objects(name), _summary) for split, name in zip(SPLITS, files.names, strict=True)
         }
     metrics = ("rouge_l", "rouge_1", "rouge_2")
     return SCITLDR.task("scitldr", "rewriting", splits, metrics, description=scitldr.__doc__, overlap=3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minillm.data.tasks.published.files import Files, member, number_of
 from minillm.data.tasks.published.source import Source
-from minillm.data.tasks.task import Task, Text
+from minillm.data.tasks.task import SPLITS, Task, Text
 
 SCIBERT = Source(
     "scibert_cls",
@@ -63,14 +63,21 @@ def scierc(folder: str | Path | None = None) -> Task:
     return _task("scierc", name, folder, SCIERC, ("macro_f1", "accuracy"), scierc.__doc__)
 
 
-def _task(name: str, place: str, folder, labels: tuple[str, ...], metrics: tuple[str, ...], description: str) -> Task:
+def _task(
+    name: str,
+    place: str,
+    folder: str | Path | None,
+    labels: tuple[str, ...],
+    metrics: tuple[str, ...],
+    description: str,
+) -> Task:
     with Files(SCIBERT, folder, [f"{place}/{split}.txt" for split in ("train", "dev", "test")]) as files:
         splits = {
             split: files.records(
                 files.objects(file),
                 lambda row: Text(member(row, "text"), number_of(member(row, "label"), labels)),
             )
-            for split, file in zip(("train", "valid", "test"), files.names, strict=True)
+            for split, file in zip(SPLITS, files.names, strict=True)
         }
     overlap = OVERLAP.get(name)
     return SCIBERT.task(name, "classification", splits, metrics, labels, description=description, overlap=overlap)

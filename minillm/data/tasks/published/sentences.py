@@ -5,7 +5,7 @@ from pathlib import Path
 from minillm.data.tasks.published.cut import FOLDS, cut, folds
 from minillm.data.tasks.published.files import Files, member, number_of
 from minillm.data.tasks.published.source import Source, one_of, variant
-from minillm.data.tasks.task import Task, Text
+from minillm.data.tasks.task import SPLITS, Task, Text
 
 SST2 = Source(
     "sst2",
@@ -45,7 +45,7 @@ def sst2(folder: str | Path | None = None) -> Task:
     with Files(SST2, folder, ("train.tsv", "dev.tsv", "test.tsv")) as files:
         splits = {
             split: files.records(files.table(name, ("text", "label")), lambda row: _text(row, ("0", "1")))
-            for split, name in zip(("train", "valid", "test"), files.names, strict=True)
+            for split, name in zip(SPLITS, files.names, strict=True)
         }
     return SST2.task(
         "sst2", "classification", splits, ("accuracy",), ("negative", "positive"), description=sst2.__doc__, overlap=2
@@ -86,7 +86,14 @@ def _text(row: dict, labels: tuple[str, ...]) -> Text:
     return Text(member(row, "text").strip(), number_of(row["label"].strip(), labels))
 
 
-def _two_files(source: Source, folder, fold: int, names, labels: tuple[str, str], description: str) -> Task:
+def _two_files(
+    source: Source,
+    folder: str | Path | None,
+    fold: int,
+    names: tuple[str, str],
+    labels: tuple[str, str],
+    description: str,
+) -> Task:
     one_of("fold", fold, range(FOLDS))
     with Files(source, folder, names) as files:
         classes = [

@@ -29,7 +29,8 @@ class Source:
         given = folder or os.environ.get(FOLDER)
         help = (
             f"Get {', '.join(files)} from {self.address} at {self.commit}, put them into a folder {self.name}, and "
-            f"name it, or the one it lies in: folder=..., or the environment variable {FOLDER}."
+            f"name it, or the one it lies in: folder=..., or the environment variable {FOLDER}. "
+            f"minillm.data.tasks.published.download({self.name!r}, folder) fetches what it can."
         )
         if not given:
             raise ValueError(f"no folder is named for the set {self.name}. {help}")

@@ -1,12 +1,12 @@
 """Words and their tags: parts of speech (Universal Dependencies), named entities (UD Slovene, WNUT17)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from minillm.data.tasks.published.cut import cut
 from minillm.data.tasks.published.files import Files, Flaw, Row, number_of
 from minillm.data.tasks.published.source import Source
-from minillm.data.tasks.task import Tagged, Task
+from minillm.data.tasks.task import SPLITS, Tagged, Task
 
 EWT = Source(
     "ud_en_ewt",
@@ -51,7 +51,7 @@ def ud_en_pos(folder: str | Path | None = None) -> Task:
     names = [f"en_ewt-ud-{split}.conllu" for split in ("train", "dev", "test")]
     with Files(EWT, folder, names) as files:
         read = [[tagged for _, tagged in _conllu(files, name, _part_of_speech)] for name in names]
-    splits = dict(zip(("train", "valid", "test"), read, strict=True))
+    splits = dict(zip(SPLITS, read, strict=True))
     return EWT.task("ud_en_pos", "tagging", splits, ("accuracy",), UPOS, description=ud_en_pos.__doc__, overlap=162)
 
 
@@ -79,23 +79,28 @@ def wnut17(folder: str | Path | None = None) -> Task:
     """
     names = ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated")
     with Files(WNUT, folder, names) as files:
-        splits = {split: _posts(files, name) for split, name in zip(("train", "valid", "test"), names, strict=True)}
+        splits = {split: _posts(files, name) for split, name in zip(SPLITS, names, strict=True)}
     description = wnut17.__doc__
     return WNUT.task("wnut17", "tagging", splits, ("span_f1",), WNUT_ENTITIES, description=description)
 
 
-def _ssj(name: str, folder, tag: Callable, labels: Sequence[str], metric: str, description: str) -> Task:
+def _ssj(
+    name: str,
+    folder: str | Path | None,
+    tag: Callable[[list[str]], int],
+    labels: tuple[str, ...],
+    metric: str,
+    description: str,
+) -> Task:
     train, *names = [f"sl_ssj-ud-{split}.conllu" for split in ("train", "dev", "test")]
     with Files(SSJ, folder, names) as files:
         dev, test = (_conllu(files, file, tag) for file in names)
-        learn = _conllu(files, train, tag) if files.has(train) else None
-    if learn is None:
+        learn = _conllu(files, train, tag) if files.has(train) else []
+    overlap = None if learn else 0
+    if not learn:
         learn, dev = cut(dev, 0.1, key=lambda named: named[0])
-    splits = {
-        split: [tagged for _, tagged in read]
-        for split, read in zip(("train", "valid", "test"), (learn, dev, test), strict=True)
-    }
-    return SSJ.task(name, "tagging", splits, (metric,), tuple(labels), description=description)
+    splits = {split: [tagged for _, tagged in read] for split, read in zip(SPLITS, (learn, dev, test), strict=True)}
+    return SSJ.task(name, "tagging", splits, (metric,), labels, description=description, overlap=overlap)
 
 
 def _blocks(files: Files, name: str) -> list[list[Row]]:
