@@ -1,6 +1,7 @@
 """What is wrong with a published set's files is said in one error; and the pieces that all parsers share."""
 
 import pytest
+from published_files import write
 
 from minillm.data.tasks.published import load, unlabelled
 from minillm.data.tasks.published.bias import crows_pairs
@@ -16,17 +17,8 @@ def no_folder(monkeypatch):
     monkeypatch.delenv(FOLDER, raising=False)
 
 
-def write(folder, **files):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        path = folder / name.replace("__", "/").replace("_", ".", 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
-
-
 def test_the_folder_is_the_sets_own_or_that_of_all_sets(tmp_path, monkeypatch):
-    own = write(tmp_path / "toy", a_tsv="1\n")
+    own = write(tmp_path / "toy", {"a.tsv": "1\n"})
     for folder in (own, str(own), tmp_path):
         assert SET.find(folder, ["a.tsv"]) == own
     monkeypatch.setenv(FOLDER, str(tmp_path))
@@ -42,11 +34,8 @@ def test_the_folder_is_the_sets_own_or_that_of_all_sets(tmp_path, monkeypatch):
 
 
 def test_every_flaw_of_every_file_is_in_one_error(tmp_path):
-    write(
-        tmp_path,
-        train_tsv="fine\t1\nno label\n\nodd\t2\n\t0\n",
-        dev_tsv=b"na\xefve\t1\n",
-    )
+    write(tmp_path, {"train.tsv": "fine\t1\nno label\n\nodd\t2\n\t0\n"})
+    (tmp_path / "dev.tsv").write_bytes(b"na\xefve\t1\n")
     with pytest.raises(ValueError) as error:
         load("sst2", tmp_path)
     text = str(error.value)
@@ -64,26 +53,26 @@ def test_every_flaw_of_every_file_is_in_one_error(tmp_path):
 
 
 def test_many_flaws_are_counted(tmp_path):
-    write(tmp_path, a_tsv="x\n" * 50)
+    write(tmp_path, {"a.tsv": "x\n" * 50})
     with pytest.raises(ValueError, match=r"a.tsv:20: .*\n  and 30 more\n"), Files(SET, tmp_path, ["a.tsv"]) as files:
         files.table("a.tsv", ("text", "label"))
 
 
 def test_another_error_is_not_hidden(tmp_path):
-    write(tmp_path, a_tsv="x\n")
+    write(tmp_path, {"a.tsv": "x\n"})
     with pytest.raises(KeyError, match="mine"), Files(SET, tmp_path, ["a.tsv"]) as files:
         files.table("a.tsv", ("text", "label"))
         raise KeyError("mine")
 
 
 def test_lines_are_what_stands_between_newlines(tmp_path):
-    write(tmp_path, a_txt="\ufeffone\u2028half\r\n two \x85\n")
+    write(tmp_path, {"a.txt": "\ufeffone\u2028half\r\n two \x85\n"})
     with Files(SET, tmp_path, ["a.txt"]) as files:
         assert [row.value for row in files.lines("a.txt")] == ["one\u2028half", " two \x85"]
 
 
 def test_json_lines(tmp_path):
-    write(tmp_path, a_jsonl='{"a": 1}\n{"a": \n[1]\n')
+    write(tmp_path, {"a.jsonl": '{"a": 1}\n{"a": \n[1]\n'})
     with pytest.raises(ValueError) as error, Files(SET, tmp_path, ["a.jsonl"]) as files:
         assert [row.value for row in files.objects("a.jsonl")] == [{"a": 1}]
     assert "a.jsonl:2: not JSON, column 7" in str(error.value) and "a.jsonl:3: a JSON list instead" in str(error.value)
@@ -102,7 +91,7 @@ def test_members():
 
 
 def test_a_header_needs_its_columns(tmp_path):
-    write(tmp_path, train_tsv="index\tsentence1\tlabel\n0\ta\tentailment\n", dev_tsv="x\n")
+    write(tmp_path, {"train.tsv": "index\tsentence1\tlabel\n0\ta\tentailment\n", "dev.tsv": "x\n"})
     with pytest.raises(ValueError, match=r"train.tsv:1: no column sentence2; it has index, sentence1, label"):
         load("rte", tmp_path)
 
@@ -182,7 +171,7 @@ def test_no_test_file_for_a_submission(tmp_path):
 
 
 def test_an_unexpected_leak_is_refused(tmp_path):
-    write(tmp_path, train_tsv="a\t1\nb\t0\nc\t0\n", dev_tsv="a\t1\nb\t0\n", test_tsv="c\t1\n")
+    write(tmp_path, {"train.tsv": "a\t1\nb\t0\nc\t0\n", "dev.tsv": "a\t1\nb\t0\n", "test.tsv": "c\t1\n"})
     with pytest.raises(ValueError, match=r"3 records of valid and test are also in train \(known: 2\)"):
         load("sst2", tmp_path)
 
