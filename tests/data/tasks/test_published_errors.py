@@ -101,6 +101,7 @@ def test_a_header_needs_its_columns(tmp_path):
     [
         ("stsb", "stsb-en-train.csv", "a,b,x\n", r"train.csv:1: the score 'x' is no number from 0 to 5"),
         ("stsb", "stsb-en-train.csv", "a,b,5.5\n", r"the score '5.5' is no number from 0 to 5"),
+        ("stsb", "stsb-en-train.csv", "a,b,-1\n", r"the score '-1' is no number from 0 to 5"),
         ("stsb", "stsb-en-train.csv", "a,b,nan\n", r"the score 'nan' is no number from 0 to 5"),
         ("stsb", "stsb-en-train.csv", 'a,"b,1\n', r"train.csv:1: unexpected end of data"),
         ("sms_spam", "sms.tsv", "eggs\tx\n", r"sms.tsv:1: the label 'eggs' is none of ham, spam"),

@@ -36,6 +36,12 @@ def test_slovene_superglue(tmp_path):
     assert load("slo_rte", superglue(tmp_path, "RTE", rte))["test"] == (Text("Kdo ve?", 1, "je"),)
 
 
+def test_valid_has_the_classes_of_train(tmp_path):
+    rows = [{**CB, "premise": f"p{i}", "label": "neutral" if i < 2 else "entailment"} for i in range(200)]
+    task = load("slo_cb", write(tmp_path, {"HumanT/CB/train.jsonl": rows, "HumanT/CB/val.jsonl": [CB]}))
+    assert sorted(record.label for record in task["valid"]) == [0] * 20 + [2]  # a tenth of 198, and one of 2
+
+
 def test_machine_translation_is_unescaped(tmp_path):
     superglue(tmp_path, "BoolQ", BOOLQ, "GoogleMT")
     (tmp_path / "GoogleMT/BoolQ/train.jsonl").rename(tmp_path / "GoogleMT/BoolQ/train.rebuilt.jsonl")
