@@ -185,7 +185,7 @@ def _methods(command: Command, arguments: Namespace) -> None:
     print(_load(command.recipe)(arguments.folder))
 
 
-def _kernels(command: Command, arguments: Namespace) -> None:
+def _as_arguments(command: Command, arguments: Namespace) -> None:
     print(_load(command.recipe)(**{name: value for name, value in vars(arguments).items() if name != "debug"}))
 
 
@@ -208,8 +208,9 @@ FACES = {
     "classify": _classify,
     "info": _info,
     "methods": _methods,
-    "kernels build": _kernels,
-    "kernels info": _kernels,
-    "kernels emulate": _kernels,
-    "kernels clean": _kernels,
+    "tasks": _as_arguments,
+    "kernels build": _as_arguments,
+    "kernels info": _as_arguments,
+    "kernels emulate": _as_arguments,
+    "kernels clean": _as_arguments,
 }

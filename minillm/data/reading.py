@@ -9,7 +9,7 @@ import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,14 @@ class Fields(NamedTuple):
     prompt: str | int
     completion: str | int
     numbers: bool = False
+
+
+class Parsed(NamedTuple):
+    """The records of a file, each with its number, and what is wrong with those that are none."""
+
+    records: list[tuple[int, dict]]
+    broken: list[str]
+    unit: str = "line"
 
 
 def read_documents(
@@ -66,6 +74,23 @@ def read_documents(
     return kept
 
 
+def read_records(file: str | Path, numbered: bool = False) -> list[tuple[int, dict]]:
+    """(line or record number, fields) of every record of a .jsonl, .json, .tsv or .csv file (or .gz of one).
+
+    The columns of a table without a header are `numbered` from 0. ValueError names every record that cannot be read.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"{file} is no file (working folder: {Path.cwd()})")
+    if (extension := _extension(file)) not in PARSERS:
+        raise ValueError(f"{file} holds no records: its name must end with {', '.join(PARSERS)} (or .gz after it)")
+    found = PARSERS[extension](file, decode(file), Fields(0 if numbered else "text", "", ""))
+    if found.broken:
+        more = [f"and {len(found.broken) - MOST_NAMED} more"] if len(found.broken) > MOST_NAMED else []
+        raise ValueError(f"{file} cannot be read:\n  " + "\n  ".join(found.broken[:MOST_NAMED] + more))
+    return found.records
+
+
 def _files_below(folder: Path, extensions: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """(files to read, files skipped), sorted by path; hidden files and folders are in neither."""
     found: list[Path] = []
@@ -96,9 +121,12 @@ def _read_files(files: list[Path], fields: Fields) -> list[Document]:
     documents: list[Document] = []
     broken: list[str] = []
     for file in files:
-        read = READERS.get(_extension(file), _read_plain)
         try:
-            documents += read(file, decode(file), fields)
+            content = decode(file)
+            if parse := PARSERS.get(_extension(file)):
+                documents += _documents(file, parse(file, content, fields), fields)
+            else:
+                documents.append(Document(str(file), content))
         except ValueError as error:
             broken.append(str(error))
     if broken:
@@ -128,11 +156,7 @@ def decode(file: Path) -> str:
     return decoded
 
 
-def _read_plain(file: Path, content: str, fields: Fields) -> Iterator[Document]:
-    yield Document(str(file), content)
-
-
-def _read_json_lines(file: Path, content: str, fields: Fields) -> Iterator[Document]:
+def _parse_json_lines(file: Path, content: str, fields: Fields) -> Parsed:
     records: list[tuple[int, dict]] = []
     broken: list[str] = []
     # not splitlines(): inside a JSON string U+2028 and its like are ordinary characters
@@ -148,10 +172,10 @@ def _read_json_lines(file: Path, content: str, fields: Fields) -> Iterator[Docum
             records.append((number, record))
         else:
             broken.append(f"line {number}: a JSON {type(record).__name__} instead of an object")
-    yield from _documents(file, records, fields, broken)
+    return Parsed(records, broken)
 
 
-def _read_json(file: Path, content: str, fields: Fields) -> Iterator[Document]:
+def _parse_json(file: Path, content: str, fields: Fields) -> Parsed:
     try:
         records = json.loads(content)
     except json.JSONDecodeError as error:
@@ -169,42 +193,41 @@ def _read_json(file: Path, content: str, fields: Fields) -> Iterator[Document]:
         for n, r in numbered
         if not isinstance(r, dict)
     ]
-    yield from _documents(file, [(n, r) for n, r in numbered if isinstance(r, dict)], fields, broken, "record")
+    return Parsed([(n, r) for n, r in numbered if isinstance(r, dict)], broken, "record")
 
 
-def _read_tsv(file: Path, content: str, fields: Fields) -> Iterator[Document]:
+def _parse_tsv(file: Path, content: str, fields: Fields) -> Parsed:
     lines = enumerate((line.removesuffix("\r") for line in content.split("\n")), start=1)
-    yield from _read_table(file, [(number, line.split("\t")) for number, line in lines if line], fields)
+    return _parse_table([(number, line.split("\t")) for number, line in lines if line], fields)
 
 
-def _read_csv(file: Path, content: str, fields: Fields) -> Iterator[Document]:
+def _parse_csv(file: Path, content: str, fields: Fields) -> Parsed:
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     try:
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: {error}; JSON lines (.jsonl) hold any text") from None
-    yield from _read_table(file, rows, fields)
+    return _parse_table(rows, fields)
 
 
-def _read_table(file: Path, rows: list[tuple[int, list[str]]], fields: Fields) -> Iterator[Document]:
+def _parse_table(rows: list[tuple[int, list[str]]], fields: Fields) -> Parsed:
     """Rows as records: columns named by the first row, or numbered from 0 when a field is a number."""
     if not rows:
-        return
+        return Parsed([], [])
     numbered = any(isinstance(field, int) for field in fields[:3])
     header = list(range(max(len(row) for _, row in rows))) if numbered else rows[0][1]
     body = rows if numbered else rows[1:]
     broken = [
         f"line {n}: {len(row)} cells, the table has {len(header)} columns" for n, row in body if len(row) != len(header)
     ]
-    yield from _documents(file, [(n, dict(zip(header, row, strict=False))) for n, row in body], fields, broken)
+    return Parsed([(n, dict(zip(header, row, strict=False))) for n, row in body], broken)
 
 
-def _documents(
-    file: Path, records: list[tuple[int, dict]], fields: Fields, broken: list[str], unit: str = "line"
-) -> Iterator[Document]:
+def _documents(file: Path, parsed: Parsed, fields: Fields) -> list[Document]:
     """One document a record; every broken record of the file is named in one error."""
     good: list[Document] = []
-    for number, record in records:
+    broken, unit = list(parsed.broken), parsed.unit
+    for number, record in parsed.records:
         if fields.numbers and type(record.get(fields.completion)) is int:
             record = record | {fields.completion: str(record[fields.completion])}
         found = [field for field in fields[:3] if field in record]
@@ -224,7 +247,7 @@ def _documents(
             f"{fields.prompt!r} and {fields.completion!r} (the arguments text, prompt, completion rename them):\n  "
             + "\n  ".join(broken[:MOST_NAMED] + more)
         )
-    yield from good
+    return good
 
 
 def _flaw(value: object) -> str:
@@ -235,9 +258,9 @@ def _flaw(value: object) -> str:
     return "holds half of a surrogate pair" if lone else ""
 
 
-READERS: dict[str, Callable[[Path, str, Fields], Iterator[Document]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
+PARSERS: dict[str, Callable[[Path, str, Fields], Parsed]] = {
+    ".jsonl": _parse_json_lines,
+    ".json": _parse_json,
+    ".tsv": _parse_tsv,
+    ".csv": _parse_csv,
 }

@@ -64,6 +64,24 @@ COMMANDS = {
         "minillm.recipes.methods:methods",
         arguments={"folder": {"nargs": "?", "help": "a model card or a folder with a model; none: gpt2"}},
     ),
+    "tasks": Command(
+        "all tasks to tune a model for, or examples of one; a file or folder of your own is a task too",
+        "minillm tasks\nminillm tasks sentiment --split test\nminillm tasks reviews.csv\n"
+        "minillm tasks nli --save data/nli",
+        "minillm.recipes.tasks_command:tasks",
+        arguments={
+            "name": {"nargs": "?", "help": "a task, a domain, or a file or folder of your own; none: the list of all"},
+            "--split": {
+                "choices": ("train", "valid", "test"),
+                "default": "train",
+                "help": "of which records are shown",
+            },
+            "--count": {"type": int, "default": 10, "help": "how many (10 if not given)"},
+            "--seed": {"type": int, "default": 0, "help": "of a task that is made here, or of a cut"},
+            "--folder": {"help": "where the files of a published set lie"},
+            "--save": {"metavar": "FOLDER", "help": "write all records there, a .jsonl file for each split"},
+        },
+    ),
     "generate": Command(
         "continue a prompt",
         'minillm generate runs/notes "Once upon a time" temperature=0.8 top_p=0.95 --stream',

@@ -114,6 +114,8 @@ class Task:
 
     labels: the names of the classes or tags, in the order of their numbers; () for the other kinds.
     metrics: names in `minillm.evaluation.METRICS`; the first is the score, more is better.
+    ceiling: the best score that can be had: 1 unless labels are noisy.
+    counting: the score of a classifier that counts words and reads no order, as measured; None if nobody has.
     overlap: how many records of valid and test are known to stand in train as well. Published sets have some; a task
         with more than it says is refused, because its scores would measure memory.
     """
@@ -127,6 +129,8 @@ class Task:
     source: str = ""  # where the records come from, and who says so
     licence: str = ""
     overlap: int = 0
+    ceiling: float = 1.0
+    counting: float | None = None
 
     def __post_init__(self):
         own = {split: tuple(records) for split, records in self.splits.items()}
