@@ -4,6 +4,7 @@ import inspect
 import json
 from pathlib import Path
 
+from minillm.config import nearest
 from minillm.data import Document
 from minillm.data.tasks import SPLITS, TASKS, Record, Tagged, Task, load_task
 from minillm.data.tasks.generated.domains import DOMAINS, domain_corpus
@@ -31,7 +32,12 @@ def tasks(
             raise ValueError(f"{'folder' if folder else 'save'}: of which task? minillm tasks NAME")
         return list_tasks()
     if name in DOMAINS:
+        if folder:
+            raise ValueError(f"folder: {name} is made without files")
         return show_corpus(name, split, count, seed, save)
+    if name not in TASKS and not Path(name).exists() and Path(name).name == name and not Path(name).suffix:
+        near = nearest(name, [*TASKS, *DOMAINS])
+        raise ValueError(f"there is no task or domain {name!r}; did you mean {near}? Nor is there a file of that name")
     task = load_task(name, seed=seed, folder=folder)
     if save:
         save_task(task, save)
