@@ -9,7 +9,14 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from word_counting import bag_of_words, majority, most_frequent_tags, tag_scores
+from word_counting import (
+    answers_by_overlap,
+    bag_of_words,
+    majority,
+    most_frequent_tags,
+    tag_scores,
+    word_by_word,
+)
 
 from minillm.data.tasks import SPLITS, TASKS, Rewrite, Tagged, Text, load_task
 from minillm.data.tasks.generated.domains import DOMAINS, domain_corpus
@@ -145,6 +152,16 @@ def test_the_commonest_tag_of_a_word_does_not_solve_it(name, metric):
     reached = tag_scores(found, most_frequent_tags(found))[metric]
     assert found.score == metric and reached <= found.counting + 0.03
     assert found.counting <= 0.75
+
+
+def test_overlap_of_words_does_not_answer_questions():
+    found = task("qa")
+    assert answers_by_overlap(found) <= found.counting + 0.05
+    assert 0.2 < found.counting <= 0.6
+
+
+def test_no_translation_is_right_word_by_word():
+    assert word_by_word(task("translation")) < 0.05
 
 
 @pytest.mark.parametrize(("name", "least"), [("pos", 30), ("entities", 30)])
