@@ -52,8 +52,8 @@ def test_counts():
             "together",  # neither; b; a; both
             {
                 "both {a} and {b} {did}": "0001", "{a} or {b} {did}, if not both": "0111",
-                "neither {a} nor {b} {did}": "1000", "{a} {did}": "0011", "{b} {did}": "0101", "{a} never {did}": "1100",
-                "{b} never {did}": "1010", "{a} {did}, but {b} did not": "0010",
+                "neither {a} nor {b} {did}": "1000", "{a} {did}": "0011", "{b} {did}": "0101",
+                "{a} never {did}": "1100", "{b} never {did}": "1010", "{a} {did}, but {b} did not": "0010",
                 "only one of the two, {a} or {b}, {did}": "0110",
             },
         ),

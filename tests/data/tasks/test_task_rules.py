@@ -7,7 +7,7 @@ import pytest
 from minillm.data.tasks import load_task
 from minillm.data.tasks.generated import nli, qa, sentiment, similarity, summarisation, topic, translation
 from minillm.data.tasks.generated.draw import Draw
-from minillm.data.tasks.generated.instructions import ENDS, STEPS
+from minillm.data.tasks.generated.instructions import ENDS, STEPS, one_longest
 
 
 def records(name: str, split: str = "test"):
@@ -285,6 +285,20 @@ def test_instructions_by_hand(step, words, chosen, done):
 def test_the_forms_of_an_answer():
     said = {name: form(["red", "blue"]) for name, (form, _) in ENDS.items()}
     assert said == {"plain": "red blue", "count": "2", "commas": "red, blue", "sentence": "The answer is red blue."}
+
+
+def test_the_longest_is_one_and_what_is_left_out_was_there():
+    assert one_longest(["red", "yellow", "yellow"]) and not one_longest(["red", "tan", "of"])
+    ends = re.compile("|".join(STEPS["ends"].asked), re.IGNORECASE)
+    longest = re.compile("|".join(STEPS["longest"].asked), re.IGNORECASE)
+    met = 0
+    for record in records("instructions", "train") + records("instructions"):
+        asked, words = record.source.split(": ", 1)[0], record.source.split(": ")[-1].split()
+        first = asked.split(", then ")[0]
+        if ", then " in asked and ends.fullmatch(first) and longest.match(asked.split(", then ")[1]):
+            met += 1
+            assert len(words[0]) != len(words[-1]), record
+    assert met > 0
 
 
 def test_instructions_are_not_copied():

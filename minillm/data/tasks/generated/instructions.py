@@ -81,16 +81,22 @@ LISTS = (COLOURS, THINGS, TRADES, (*WOMEN, *MEN), KINDS["bird"], KINDS["animal"]
 PAIRS = tuple((first, second) for first in STEPS for second in STEPS if first not in (second, "longest"))
 
 
+def one_longest(words: Words) -> bool:
+    most = max(map(len, words))
+    return len({word for word in words if len(word) == most}) == 1
+
+
 def instruction(draw: Draw, kind: int) -> Rewrite:
     """`kind` 0, 1: one step; 2: two."""
-    words: Words = []
-    while not words or sorted(map(len, words))[-1] == sorted(map(len, words))[-2]:  # one is the longest
-        words = draw.several(draw.any(LISTS), draw.any((3, 4, 5, 6)))
+    words = draw.several(draw.any(LISTS), draw.any((3, 4, 5, 6)))
     chosen = draw.any(words)
     names = draw.one(PAIRS) if kind == 2 else (draw.any(tuple(STEPS)),)
     done = words
     for name in names:
-        done = STEPS[name].do(done, chosen if chosen in done else chosen.upper())
+        word = chosen if chosen in done else chosen.upper()
+        if (name == "longest" and not one_longest(done)) or (name == "without" and word not in done):
+            return instruction(draw, kind)  # what is asked for is not there, or not one
+        done = STEPS[name].do(done, word)
     end, asked_end = ENDS[draw.any(("plain", *ENDS)) if kind else "plain"]
     asked = ", then ".join(draw.one(STEPS[name].asked).format(word=chosen) for name in names) + draw.one(asked_end)
     return Rewrite(f"{asked[0].upper()}{asked[1:]}: {' '.join(words)}", (end(done),))
