@@ -28,6 +28,9 @@ class Tasks(Mapping[str, Callable[..., Task]]):
         module, _, function = self._places[name].rpartition(".")
         return getattr(importlib.import_module(module), function)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._registered  # without importing it
+
     def __iter__(self) -> Iterator[str]:
         return iter((*self._places, *self._registered))
 
