@@ -50,7 +50,8 @@ def list_tasks() -> str:
     made = {name: load_task(name) for name in TASKS if not needs_files(name)}
     header = ("task", "kind", "train/valid/test", "score", "ceiling", "counting words")
     rows = [
-        (name, task.kind, sizes(task), task.score, f"{task.ceiling:.2f}", counting(task)) for name, task in made.items()
+        (name, task.kind, sizes(task), task.score, number(task.ceiling), number(task.counting))
+        for name, task in made.items()
     ]
     examples = [f"{name}: {_doc(name)}\n  {shorten(show(task, task['train'][0]))}" for name, task in made.items()]
     published = [f"{name}: {_doc(name)}" for name in TASKS if needs_files(name)]
@@ -72,15 +73,15 @@ def card(task: Task) -> str:
         "records": f"{sizes(task)} ({'/'.join(SPLITS)})",
         "labels": ", ".join(task.labels),
         "scores": ", ".join(task.metrics),
-        "ceiling": f"{task.ceiling:.2f}; by counting words: {counting(task)}",
+        "ceiling": f"{number(task.ceiling)}; by counting words: {number(task.counting)}",
         "what": task.description,
         "source": task.source + (f" ({task.licence})" if task.licence else ""),
     }
     return "\n".join([task.name, *(f"  {key.ljust(8)} {value}" for key, value in facts.items() if value)])
 
 
-def counting(task: Task) -> str:
-    return "-" if task.counting is None else f"{task.counting:.2f}"
+def number(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
 
 
 def sizes(task: Task) -> str:

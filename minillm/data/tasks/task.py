@@ -114,7 +114,7 @@ class Task:
 
     labels: the names of the classes or tags, in the order of their numbers; () for the other kinds.
     metrics: names in `minillm.evaluation.METRICS`; the first is the score, more is better.
-    ceiling: the best score that can be had: 1 unless labels are noisy.
+    ceiling: the best score that can be had, 1 where each answer follows from its record; None if nobody knows.
     counting: the score of a classifier that counts words and reads no order, as measured; None if nobody has.
     overlap: how many records of valid and test are known to stand in train as well. Published sets have some; a task
         with more than it says is refused, because its scores would measure memory.
@@ -129,7 +129,7 @@ class Task:
     source: str = ""  # where the records come from, and who says so
     licence: str = ""
     overlap: int = 0
-    ceiling: float = 1.0
+    ceiling: float | None = None
     counting: float | None = None
 
     def __post_init__(self):

@@ -80,7 +80,7 @@ def test_sizes_seeds_and_what_it_says_of_itself(name):
     assert [len(other[split]) for split in SPLITS] == [40, 10, 20]
     assert len(set(other["train"]) & set(load_task(name, train=40, valid=10, test=20)["train"])) < 10
     assert found.name == name and found.description and found.source and found.licence
-    assert 0 < found.ceiling <= 1 and found.metrics
+    assert found.ceiling == 1.0 and found.metrics
 
 
 @pytest.mark.parametrize("name", GENERATED)
