@@ -8,6 +8,7 @@ from typing import Any
 
 from minillm.config import nearest, seed_flaw
 from minillm.data.tasks.own import load_own
+from minillm.data.tasks.published import PUBLISHED
 from minillm.data.tasks.task import Task
 
 
@@ -64,6 +65,7 @@ TASKS = Tasks(
         "translation": f"{HERE}.generated.translation.translation",
         "summarisation": f"{HERE}.generated.summarisation.summarisation",
         "instructions": f"{HERE}.generated.instructions.instructions",
+        **PUBLISHED,
     }
 )
 
