@@ -34,7 +34,7 @@ def sources(tmp_path, monkeypatch) -> Path:
         path = tmp_path / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for variable in ("CXX", "NVCC", "CUDA_HOME", "MINILLM_CUDA_ARCHS"):
+    for variable in ("CXX", "NVCC", "CUDA_HOME", "MINILLM_CXXFLAGS", "MINILLM_CUDA_ARCHS"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build_plan, "SOURCES", tmp_path / "csrc")

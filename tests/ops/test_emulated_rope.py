@@ -1,7 +1,5 @@
 """The CUDA kernel of rotary embedding on the emulated GPU, against the definition in float64."""
 
-import ctypes
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,23 +7,18 @@ from torch import Tensor
 from minillm import ops
 from minillm.ops import emulate
 from minillm.ops.build import build, obstacle
+from minillm.ops.structures import structures
 
 pytestmark = pytest.mark.skipif(bool(obstacle("emulated")), reason=obstacle("emulated"))
 SHAPES = [(1, 1, 1, 2), (2, 3, 5, 16), (3, 2, 7, 34), (1, 9, 4, 64), (2, 1, 3, 256)]
 
 
-class Rope(ctypes.Structure):  # csrc/rope.h
-    _fields_ = [
-        *((name, emulate._Heads) for name in "xy"),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
-        ("table_batch", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("dtype", *"BHTK")),
-    ]
+Rope = structures("rope.h")["Rope"]
 
 
 def run(x: Tensor, cos: Tensor, sin: Tensor, stage: int = 0, **settings) -> tuple[Tensor, emulate.Machine]:
     machine, y = emulate.Machine(path=build("emulated", only=("rope.cu",)), **settings), torch.full_like(x, torch.nan)
-    heads = [emulate._Heads(t.data_ptr(), *t.stride()[:3]) for t in (x, y)]
+    heads = [emulate.Heads(t.data_ptr(), *t.stride()[:3]) for t in (x, y)]
     tables = cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.dim() == 3 else 0
     call = Rope(*heads, *tables, emulate.DTYPES[x.dtype], *x.shape)
     machine.call("minillm_rope", call, stage, memory=(x, y, cos, sin))

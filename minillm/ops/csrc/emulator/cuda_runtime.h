@@ -11,6 +11,7 @@
 
 #define __global__ static
 #define __device__
+#define __host__
 #define __forceinline__
 #define __launch_bounds__(...)
 

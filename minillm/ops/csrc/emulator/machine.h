@@ -122,7 +122,6 @@ class Machine : public Memory {
 
   // Asynchronous copies of 16 bytes: they land only when waited for, as late as the hardware may.
   void copy_later(char* to, const char* from) {
-    check_aligned(to), check_aligned(from);
     if (!touch(to, 16, true) || (from && !reach(from, 16, false))) return;
     self().copies.push_back({to, from, self().group});
     start_copy(self().copies.back());
@@ -221,6 +220,10 @@ class Machine : public Memory {
     }
     for (const Thread& thread : threads_) {
       if (thread.state == State::LEFT || !(thread.place == waiting->place)) other = &thread;
+    }
+    if (!other) {  // a barrier of the warp and one of the block, on one line
+      return fail("divergent barrier: thread %d waits at %s:%d, others at another barrier of this line",
+                  waiting->number, waiting->place.name(), waiting->place.line);
     }
     fail("divergent barrier: thread %d waits at %s:%d, but thread %d %s", waiting->number, waiting->place.name(),
          waiting->place.line, other->number, other->state == State::LEFT ? "has left the kernel" : "waits elsewhere");
