@@ -1,4 +1,4 @@
-"""A tiny tree of kernel sources, and compilers that are shell scripts, for the tests of the build."""
+"""A sample of the tests; a tiny tree of kernel sources; and compilers that are shell scripts, for tests of the build."""
 
 import os
 from pathlib import Path
@@ -25,6 +25,20 @@ made=$2
 {body}
 echo "$arguments" > "$made"
 """
+
+
+def pytest_collection_modifyitems(config, items):
+    """MINILLM_TEST_SAMPLE=1 leaves of each test with parameters as few calls as take each value of each of them."""
+    if os.environ.get("MINILLM_TEST_SAMPLE") != "1":
+        return
+    seen, left, dropped = set(), [], []
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {"": ""}
+        values = {(item.path, item.originalname, name, repr(value)) for name, value in parameters.items()}
+        (dropped if values <= seen else left).append(item)
+        seen |= values
+    items[:] = left
+    config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture

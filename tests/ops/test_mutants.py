@@ -1,11 +1,6 @@
-"""Does the emulated suite notice when a line of an attention kernel is left out?
-
-Each `kept(number)` in csrc/cuda is one trial; `python tests/ops/test_mutants.py` writes the table of all of them,
-csrc/cuda/MUTANTS.md.
-"""
+"""Does the emulated suite notice when a line of an attention kernel is left out?"""
 
 import re
-from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +13,6 @@ from minillm.ops.build_plan import SOURCES
 
 HEADERS = ("tiles.cuh", "tensor_cores.cuh", "swizzled.cuh", "backward.cuh")
 FILES = [*sorted((SOURCES / "cuda").glob("attention*.cu*")), *(SOURCES / "cuda" / name for name in HEADERS)]
-PAGE = SOURCES / "cuda" / "MUTANTS.md"
 KILLERS = {
     "wrong numbers": "the result is not that of the formula in float64",
     "race": "two threads touch the same memory, and no barrier lies between",
@@ -148,31 +142,6 @@ def in_the_sources() -> dict[int, str]:
     return found
 
 
-def page() -> str:
-    counts = Counter(mutant.killer for mutant in MUTANTS.values())
-    rows = [
-        f"| {number} | `{file}` | {MUTANTS[number].without} | {MUTANTS[number].killer} | {MUTANTS[number].stage} |"
-        for number, file in sorted(in_the_sources().items())
-    ]
-    lines = [
-        "# What the attention kernels cannot do without",
-        "",
-        f"Each `kept(number)` guards a barrier, a bound, a wait or a rescaling: {len(rows)} in all. On the",
-        "emulated GPU each is left out in turn, and a check must notice. Try one yourself:",
-        "",
-        '    emulate.attention(q, k, v, stage="v2", machine=emulate.Machine(mutant=202))',
-        "",
-        *(f"- *{killer}* ({counts[killer]}): {meaning}" for killer, meaning in KILLERS.items()),
-        "",
-        "This page is written by `python tests/ops/test_mutants.py`.",
-        "",
-        "| number | file | what is left out | noticed by | in |",
-        "| ---: | --- | --- | --- | --- |",
-        *rows,
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def attempt(case: Case, stage: str, number: int) -> emulate.Machine:
     """Run the kernels of `stage` without line `number`, and check the numbers."""
     machine = emulate.Machine(mutant=number)
@@ -218,11 +187,3 @@ def test_every_barrier_and_wait_is_on_trial():
         for line in file.read_text().splitlines():
             if re.search(r"__syncthreads|__syncwarp|wait_for_copies", line):
                 assert "kept(" in line, f"{file.name}: {line.strip()}"
-
-
-def test_the_page_is_current():
-    assert PAGE.read_text() == page(), "run: python tests/ops/test_mutants.py"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page())
