@@ -20,7 +20,7 @@ from minillm.ops.attention import attention as ops_attention
 from minillm.ops.build import build
 from minillm.ops.build_plan import SOURCES
 
-STAGES = {"v1": 1, "v2": 2, "v3": 3, "v4": 4}  # of attention's forward pass
+STAGES = {"v1": 1, "v2": 2, "v3": 3, "v4": 4, "v5": 5}  # of attention's forward pass
 BACKWARD_STAGES = {"v1": 1, "v2": 2}
 SOURCE_FILES = ("attention.cu", "attention_decode.cu", *(f"attention_{stage}.cu" for stage in STAGES))
 SOURCE_FILES += tuple(f"attention_backward_{stage}.cu" for stage in BACKWARD_STAGES)
