@@ -28,7 +28,7 @@ class Hopper : public Async {
     bool first = std::none_of(mine.under_way.begin(), mine.under_way.end(), [&](auto& other) { return other.d == d; });
     if (first && add) one.before.assign(d, d + columns / 2);
     mine.under_way.push_back(one);
-    std::memset(d, POISON, columns / 2 * sizeof(float));
+    for (int e = 0; e < columns / 2; ++e) std::memcpy(d + e, &POISON, sizeof POISON);
     if (meet(meetings_[number], number * GROUP_THREADS, GROUP_THREADS, place)) {
       next.reset();
       counts.mma += columns / 8 * 4;  // as many as four warps would need of mma's 16 x 16 x 8
@@ -63,7 +63,7 @@ class Hopper : public Async {
   }
 
  private:
-  static constexpr int POISON = 0xff;  // NaN
+  static constexpr uint32_t POISON = 0x7fa00000;  // NaN, of the kind that any arithmetic turns into another
 
   bool note_factor(uint64_t bits, int rows, bool transposed, int warpgroup, uint32_t group, bool in_shared_memory) {
     if (!in_shared_memory) return true;
@@ -89,9 +89,10 @@ class Hopper : public Async {
     for (Underway& later : mine.under_way) {
       if (later.d == one.d) return later.before.swap(one.before);
     }
-    std::vector<unsigned char> poison(floats * sizeof(float), POISON);
-    if (std::memcmp(one.d, poison.data(), poison.size())) fail("%s touched registers of a product under way", who());
-    std::memcpy(one.d, one.before.data(), poison.size());
+    for (int e = 0; e < floats; ++e) {
+      if (std::memcmp(one.d + e, &POISON, sizeof POISON)) fail("%s touched registers of a product under way", who());
+      one.d[e] = one.before[e];
+    }
   }
   float number_at(uint32_t address) {
     __nv_bfloat16 number;
