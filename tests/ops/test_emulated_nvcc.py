@@ -14,6 +14,7 @@ from minillm.ops.compilers import BuildError, find_nvcc
 
 HOT = [f"attention_{name}" for name in ("v2", "v3", "v4", "backward_v1", "backward_v2", "decode")]
 ON_TENSOR_CORES = {"attention_v3": 4, "attention_v4": 4, "attention_backward_v2": 6}  # and in how many kernels
+ON_HOPPER = [("attention_v5", "sm_90a")]
 MAX_REGISTERS = 255  # of a thread; what does not fit is spilled to memory
 
 
@@ -37,8 +38,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("kernel", HOT)
+@pytest.mark.parametrize("kernel, arch", [(kernel, arch) for kernel in HOT for arch in ("sm_80", "sm_90")] + ON_HOPPER)
 def test_no_register_is_spilled(folder, kernel, arch):
     _, said = compiled(folder, kernel, arch)
     assert "warning" not in said.replace("ptxas info", ""), said
@@ -55,17 +55,51 @@ def cuobjdump() -> str | None:
     return next((str(path) for path in in_triton if path.exists()), shutil.which("cuobjdump"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("kernel", [*ON_TENSOR_CORES, "attention_v2"])
-def test_the_tensor_cores_multiply(folder, kernel, arch):
+def dumped(folder: Path, kernel: str, arch: str, what: str) -> str:
+    """What cuobjdump tells of a .cu file's machine code."""
     program = cuobjdump()
     if not program:
         pytest.skip("there is no cuobjdump: it comes with NVIDIA's toolkit, and with `pip install triton`")
     cubin, _ = compiled(folder, kernel, arch)
-    code = subprocess.run([program, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    functions = re.split(r"\n\s*Function : ", code)[1:]
+    return subprocess.run([program, what, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(folder: Path, kernel: str, arch: str) -> list[str]:
+    """Those of each kernel, with its name before them."""
+    return re.split(r"\n\s*Function : ", dumped(folder, kernel, arch, "--dump-sass"))[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", [*ON_TENSOR_CORES, "attention_v2"])
+def test_the_tensor_cores_multiply(folder, kernel, arch):
+    functions = instructions(folder, kernel, arch)
     multiply = [function for function in functions if "HMMA.16816.F32.BF16" in function]
     assert len(multiply) == ON_TENSOR_CORES.get(kernel, 0)
     if kernel in ("attention_v4", "attention_backward_v2"):
         assert all("LDSM" in function and "LDGSTS" in function for function in multiply)  # ldmatrix, cp.async
+
+
+@pytest.mark.slow
+def test_hopper_multiplies_and_copies_by_its_own_instructions(folder):
+    """K features, tiles of `keys`: K / 16 products make the scores of 64 queries, keys / 16 the output; K / 64 copies
+    fill a tile. One product more than that would be one that the compiler took apart."""
+    functions = {int(re.search(r"ILi(\d+)E", code)[1]): code for code in instructions(folder, *ON_HOPPER[0])}
+    assert set(functions) == {64, 128, 256}
+    for K, code in functions.items():
+        keys = 64 if K > 128 else 128
+        shapes = [int(n) for n in re.findall(r"HGMMA\.64x(\d+)x16\.F32\.BF16", code)]
+        assert sorted(shapes) == sorted([keys] * (K // 16) + [K] * (keys // 16))
+        assert len(re.findall(r"UTMALDG\.4D", code)) == 3 * K // 64  # queries, keys, values
+        assert len(re.findall(r"USETMAXREG", code)) == 2 and "SYNCS.PHASECHK" in code
+        assert "HMMA." not in code and "LDSM" not in code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, threads", [("sm_80", 32), ("sm_90", 32), ("sm_90a", 384)])
+def test_the_largest_block_tells_the_kernel_for_hopper_from_the_stub(folder, arch, threads):
+    """The launcher asks for it: a stub that ran would leave the output as it was."""
+    _, said = compiled(folder, "attention_v5", arch)
+    assert "warning" not in said.replace("ptxas info", ""), said
+    told = dumped(folder, "attention_v5", arch, "--dump-elf")
+    assert re.findall(r"EIATTR_MAX_THREADS\s+Format:\s+EIFMT_SVAL\s+Value:\s+(\w+)", told) == [hex(threads)] * 3

@@ -11,20 +11,31 @@ from attention_cases import CASES, ODD_SIZES, Case, check_backward, check_forwar
 from minillm.ops import emulate
 from minillm.ops.build_plan import SOURCES
 
-HEADERS = ("tiles.cuh", "tensor_cores.cuh", "swizzled.cuh", "backward.cuh")
+HEADERS = ("tiles.cuh", "tensor_cores.cuh", "swizzled.cuh", "backward.cuh", "hopper.cuh", "boxes.cuh")
 FILES = [*sorted((SOURCES / "cuda").glob("attention*.cu*")), *(SOURCES / "cuda" / name for name in HEADERS)]
 KILLERS = {
     "wrong numbers": "the result is not that of the formula in float64",
     "race": "two threads touch the same memory, and no barrier lies between",
     "memory outside every tensor": "global memory is read or written past the end of a tensor",
     "copy under way": "shared memory is used before an asynchronous copy to it was waited for",
+    "product under way": "registers are used, or a thread leaves, before a product was waited for",
+    "deadlock": "threads wait at an mbarrier for what never comes",
+    "broken rule": "of the copy engine, of mbarriers or of wgmma: see what the emulated GPU says",
     "needless reads": "the result is right, but more bytes are read than need be",
     "bank conflicts": "the result is right, but the rows that ldmatrix reads at once lie in the same banks",
 }
-WRONG, RACE, OUTSIDE, IN_FLIGHT, NEEDLESS, CONFLICTS = KILLERS
-REPORTS = {RACE: "race:", OUTSIDE: "outside every tensor", IN_FLIGHT: "copy to it is under way"}
+WRONG, RACE, OUTSIDE, IN_FLIGHT, MULTIPLYING, DEADLOCK, RULE, NEEDLESS, CONFLICTS = KILLERS
+REPORTS = {
+    RACE: "race:",
+    OUTSIDE: "outside every tensor",
+    IN_FLIGHT: "copy to it is under way",
+    MULTIPLYING: "a product under way|its product is under way",
+    DEADLOCK: "deadlock:",
+    RULE: "is no multiple of|which no copy fills|misses no arrival|told to expect|was not told of|no fence orders",
+}
 ALL_CASES = CASES | ODD_SIZES | {
     "decode": Case(B=2, H=4, G=4, S=70, K=40, padding="all of a row"),
+    "tiles in turn": Case(T=20, S=520, K=64),
     "decode of groups": Case(B=2, H=6, G=2, S=130, K=40, padding="left"),
 }  # fmt: skip
 
@@ -74,6 +85,13 @@ MUTANTS = {
     61: Mutant("queries before a block of keys are not loaded", NEEDLESS, "backward v1", "padding left"),
     62: Mutant("queries whose window lies after a block of keys are not loaded", NEEDLESS, "backward v1", "window"),
     63: Mutant("a warp after the last query does nothing", OUTSIDE, "backward v1"),
+    # hopper.cuh
+    71: Mutant("a tile begins where the swizzle's pattern does", RULE, "v5"),
+    72: Mutant("the tensor cores know of the swizzle", RULE, "v5"),
+    # boxes.cuh
+    81: Mutant("8 rows of features lie 1024 bytes apart", WRONG, "v5", "two tiles"),
+    82: Mutant("64 columns lie a box apart", WRONG, "v5", "two tiles"),
+    83: Mutant("8 rows of columns lie 1024 bytes apart", WRONG, "v5", "two tiles"),
     # attention_v1.cu
     101: Mutant("a thread after the last query does nothing", OUTSIDE, "v1"),
     102: Mutant("the largest score is taken off", WRONG, "v1"),
@@ -95,6 +113,26 @@ MUTANTS = {
     401: Mutant("the two buffers take turns", WRONG, "v4", "one query, many keys"),
     402: Mutant("wait: a tile is not used before its copies have landed", IN_FLIGHT, "v4"),
     403: Mutant("barrier: nor before those of the other threads have", RACE, "v4"),
+    # attention_v5.cu
+    451: Mutant("the two buffers take turns", RULE, "v5", "tiles in turn"),
+    452: Mutant("no more bytes are expected than come", DEADLOCK, "v5"),
+    453: Mutant("wait: a tile is not replaced before all have used it", RULE, "v5", "tiles in turn"),
+    454: Mutant("the first tiles replace none", DEADLOCK, "v5"),
+    455: Mutant("no fewer bytes are expected than come", RULE, "v5"),
+    456: Mutant("bytes are expected before they come", RULE, "v5"),
+    457: Mutant("wait: the queries are not multiplied before they are there", RACE, "v5"),
+    458: Mutant("wait: nor the keys", IN_FLIGHT, "v5"),
+    459: Mutant("fence: the scores' registers are free before they are multiplied into", RULE, "v5"),
+    460: Mutant("the products of the scores are a group that can be waited for", MULTIPLYING, "v5"),
+    461: Mutant("wait: the scores are not read before they are there", MULTIPLYING, "v5"),
+    462: Mutant("wait: the values are not multiplied before they are there", IN_FLIGHT, "v5"),
+    463: Mutant("fence: the weights are in their registers before they are multiplied", RULE, "v5"),
+    464: Mutant("the products of the output are a group that can be waited for", MULTIPLYING, "v5"),
+    465: Mutant("wait: the output is not used before it is there", MULTIPLYING, "v5"),
+    466: Mutant("a buffer that all have used is free", DEADLOCK, "v5", "tiles in turn"),
+    467: Mutant("fence: the copy engine sees the mbarriers", RULE, "v5"),
+    468: Mutant("barrier: nobody comes to an mbarrier before it is made", RACE, "v5"),
+    469: Mutant("each use of a buffer is another phase", RULE, "v5", "tiles in turn"),
     # attention_backward_v1.cu
     501: Mutant("rows after the last are not written", OUTSIDE, "backward v1"),
     502: Mutant("features after the last are not written", OUTSIDE, "backward v1"),
@@ -185,5 +223,8 @@ def test_every_line_that_could_be_left_out_is_on_trial():
 def test_every_barrier_and_wait_is_on_trial():
     for file in FILES:
         for line in file.read_text().splitlines():
-            if re.search(r"__syncthreads|__syncwarp|wait_for_copies", line):
+            calls = r"__syncthreads|__syncwarp|wait_for_copies"
+            if file.suffix == ".cu":  # the headers define the words of Hopper, the kernels use them
+                calls += r"|\b(wait|arrive\w*|announce_barriers|fence_registers|commit_products|wait_for_products)\("
+            if re.search(calls, line):
                 assert "kept(" in line, f"{file.name}: {line.strip()}"

@@ -1,11 +1,11 @@
 // Stands where CUDA's header of this name would: with this folder first in the include path, g++ compiles the .cu files
-// and the emulated GPU of machine.h runs them. Here are the words of CUDA that our kernels use.
+// and the emulated GPU of machine.h and what is built on it run them. Here are the words of CUDA that our kernels use.
 #pragma once
 #include <cmath>
 #include <cstdint>
 
 #include "cuda_bf16.h"
-#include "machine.h"
+#include "products.h"
 
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"  // unroll
 

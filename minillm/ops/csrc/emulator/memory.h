@@ -97,16 +97,20 @@ class Memory : public Report {
     }
   }
 
-  Access now_{};      // whom the accesses are by
-  Place barrier_{};   // the last one
-  uint32_t block_ = 0;
+  void mark_in_flight(const void* address, bool in_flight) {  // 16 bytes
+    for (int cell = 0; cell < 8; ++cell) cell_of(address)[cell].in_flight = in_flight;
+  }
 
- private:
   const char* who() {
     std::snprintf(name_, sizeof name_, "thread %d of block %u", now_.thread, block_);
     return name_;
   }
 
+  Access now_{};      // whom the accesses are by
+  Place barrier_{};   // the last one
+  uint32_t block_ = 0;
+
+ private:
   Cell* cell_of(const void* address) { return &cells_[(static_cast<const char*>(address) - shared()) / 2]; }
 
   void note(Cell& cell, bool write) {
