@@ -13,6 +13,7 @@ from minillm.ops.build_plan import CUDA, SOURCES
 from minillm.ops.compilers import BuildError, find_nvcc
 
 HOT = [f"attention_{name}" for name in ("v2", "v3", "v4", "backward_v1", "backward_v2", "decode")]
+HOT += ["linear", "nf4_quantize", "nf4_dequantize", "nf4_linear"]
 ON_TENSOR_CORES = {"attention_v3": 4, "attention_v4": 4, "attention_backward_v2": 6}  # and in how many kernels
 MAX_REGISTERS = 255  # of a thread; what does not fit is spilled to memory
 
@@ -55,17 +56,33 @@ def cuobjdump() -> str | None:
     return next((str(path) for path in in_triton if path.exists()), shutil.which("cuobjdump"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("kernel", [*ON_TENSOR_CORES, "attention_v2"])
-def test_the_tensor_cores_multiply(folder, kernel, arch):
+def machine_code(folder: Path, kernel: str, arch: str) -> list[str]:
+    """Of each kernel in a .cu file, as text that begins with its name."""
     program = cuobjdump()
     if not program:
         pytest.skip("there is no cuobjdump: it comes with NVIDIA's toolkit, and with `pip install triton`")
     cubin, _ = compiled(folder, kernel, arch)
     code = subprocess.run([program, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    functions = re.split(r"\n\s*Function : ", code)[1:]
+    return re.split(r"\n\s*Function : ", code)[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", [*ON_TENSOR_CORES, "attention_v2"])
+def test_the_tensor_cores_multiply(folder, kernel, arch):
+    functions = machine_code(folder, kernel, arch)
     multiply = [function for function in functions if "HMMA.16816.F32.BF16" in function]
     assert len(multiply) == ON_TENSOR_CORES.get(kernel, 0)
     if kernel in ("attention_v4", "attention_backward_v2"):
         assert all("LDSM" in function and "LDGSTS" in function for function in multiply)  # ldmatrix, cp.async
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("M", [1, 2, 3, 4])
+def test_few_rows_ask_for_all_outputs_before_they_wait_for_one(folder, M):
+    """The idea of linear.cu's stage 2: 16 bytes of 4 outputs' weights, and of each row of x, are under way at once."""
+    name = f"linear_v2I13__nv_bfloat16Li{M}ELi8E"
+    (kernel,) = (code for code in machine_code(folder, "linear", "sm_90") if name in code)
+    instructions = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)", kernel)
+    loads = [place for place, name in enumerate(instructions) if name == "LDG.E.128"]
+    assert len(loads) == 4 + M and "FFMA" not in instructions[loads[0] : loads[-1]]
