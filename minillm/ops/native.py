@@ -82,6 +82,8 @@ def why_not(*tensors: torch.Tensor) -> str:
             return "the tensors are of different types, or on different devices"
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             return "the features do not lie side by side in memory: call .contiguous()"
+    if first.device.type not in ("cpu", "cuda"):
+        return f"kernels are for cpu and cuda, not {first.device.type}"
     if first.device.type not in _devices:
         return f"no kernels for {first.device.type} are built: run `minillm kernels build {first.device.type}`"
     if torch._C._are_functorch_transforms_active():

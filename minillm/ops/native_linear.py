@@ -31,17 +31,15 @@ def _cannot(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
 
 def why_not_linear(*tensors: Tensor) -> str:
     """What keeps the kernels of linear layers from taking these tensors; "" if nothing."""
-    device = tensors[0].device.type
-    if device != "cpu":
-        return f"no kernel for {device}"
-    if torch.is_autocast_enabled(device):
-        return "autocast changes types, which is the library's business"
-    return why_not(*tensors)
+    if reason := why_not(*tensors):
+        return reason
+    autocast = torch.is_autocast_enabled(tensors[0].device.type)
+    return "autocast changes types, which is the library's business" if autocast else ""
 
 
 def _slower(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
-    if weight.numel() < SMALL:
-        return f"a small weight, of less than {SMALL} numbers"
+    if weight.numel() < (small := SMALL.get(x.device.type, 0)):
+        return f"a small weight, of less than {small} numbers"
     return _slow(x, weight) if bias is None else _slow(x, weight, bias)
 
 

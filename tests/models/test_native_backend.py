@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from minillm import ops
 from minillm.generation import generate_tokens
 from minillm.models import ModelConfig, build
-from minillm.peft import LoraConfig, PrefixConfig, tune
+from minillm.peft import LoraConfig, PrefixConfig, QuantizedLinear, quantize, tune
 
 pytestmark = pytest.mark.usefixtures("native_library")
 ROOT = Path(__file__).parents[2]
@@ -73,13 +73,15 @@ def test_bfloat16_is_as_near_to_float64_as_torch_is(name):
     assert (ours - true).norm() <= 1.2 * (theirs - true).norm()
 
 
-@pytest.mark.parametrize("tuned", [None, "lora", "prefix"])
+@pytest.mark.parametrize("tuned", [None, "lora", "prefix", "nf4", "nf4 and lora"])
 @pytest.mark.parametrize("name", ["rotary, grouped", "window", "learned positions"])
 def test_greedy_tokens_are_those_of_torch(name, tuned):
     """Prompts of different lengths, padded on the left, with a cache that grows past its first buffers."""
     model = model_of(name).eval()
-    if tuned:
-        tune(model, LoraConfig(rank=3, alpha=7) if tuned == "lora" else PrefixConfig(length=3))
+    if tuned and "nf4" in tuned:
+        quantize(model)
+    if tuned not in (None, "nf4"):
+        tune(model, PrefixConfig(length=3) if tuned == "prefix" else LoraConfig(rank=3, alpha=7))
         for parameter in (p for p in model.parameters() if p.requires_grad):
             torch.nn.init.normal_(parameter, std=0.3)
     tokens, mask = torch.randint(2, 61, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
@@ -89,6 +91,23 @@ def test_greedy_tokens_are_those_of_torch(name, tuned):
         with ops.use_backend(backend):
             told[backend] = generate_tokens(model, tokens, mask=mask, max_new_tokens=40)
     assert torch.equal(told["native"], told["torch"])
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_generation_asks_once_whether_a_quantized_layer_runs_on_its_kernel(backend, monkeypatch):
+    """Asking at each token costs as much as the product of a small layer. Afterwards the layers are as before."""
+    model, asked = model_of("rotary, grouped").eval(), []
+    quantize(model)
+    monkeypatch.setattr(
+        QuantizedLinear, "forward", lambda self, x, run=QuantizedLinear.forward: asked.append(1) or run(self, x)
+    )
+    layers = sum(isinstance(module, QuantizedLinear) for module in model.modules())
+    with ops.use_backend(backend):
+        generate_tokens(model, torch.randint(2, 61, (1, 5)), max_new_tokens=10)
+        assert len(asked) == (0 if backend == "auto" else 10 * layers)
+        asked.clear()
+        model(torch.randint(2, 61, (1, 5)))
+        assert len(asked) == layers
 
 
 def test_autocast_computes_in_bfloat16_as_with_torch():

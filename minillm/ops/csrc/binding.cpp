@@ -41,6 +41,10 @@ int minillm_attention_forward(const Attention*, int stage, void* stream);
 int minillm_attention_backward(const AttentionGrad*, int stage, void* stream);
 int minillm_attention_decode(const AttentionDecode*, int stage, void* stream);
 int minillm_rope(const Rope*, int stage, void* stream);
+int minillm_linear(const Linear*, int stage, void* stream);
+int minillm_nf4_quantize(const Nf4Quantize*, int stage, void* stream);
+int minillm_nf4_dequantize(const Nf4Dequantize*, int stage, void* stream);
+int minillm_nf4_linear(const Nf4Linear*, int stage, void* stream);
 // Weak: where torch has no CUDA the symbol is absent, and the library must load all the same.
 __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
@@ -242,6 +246,15 @@ std::vector<int64_t> sizes_with(const Tensor& x, int64_t features) {
 
 const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
 
+// What a kernel reads beside x; torch looks at one tensor only when it chooses the device.
+void beside(const Tensor& x, const Tensor& other) {
+  if (other.is_cuda() != x.is_cuda() || other.get_device_index() != x.get_device_index())
+    require(false, "all tensors on one device");
+}
+void beside(const Tensor& x, const std::optional<Tensor>& other) {
+  if (other) beside(x, *other);
+}
+
 // A vector beside the outputs of a linear layer.
 void check_bias(const std::optional<Tensor>& bias, ScalarType type, int64_t count) {
   if (bias && (bias->dim() != 1 || bias->size(0) != count || bias->scalar_type() != type || !bias->is_contiguous()))
@@ -249,7 +262,7 @@ void check_bias(const std::optional<Tensor>& bias, ScalarType type, int64_t coun
 }
 
 Linear linear_call(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {
-  adjacent(weight, 2);
+  adjacent(weight, 2), beside(x, weight), beside(x, bias);
   const Matrix rows(x);
   Linear call{};
   call.x = x.const_data_ptr(), call.weight = weight.const_data_ptr(), call.bias = data_of(bias);
@@ -265,6 +278,12 @@ Linear linear_call(const Tensor& x, const Tensor& weight, const std::optional<Te
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   Tensor y = empty(x, sizes_with(x, weight.size(0)), x.scalar_type());
   const Linear call = linear_call(x, weight, bias, y);
+#ifdef MINILLM_CUDA
+  if (x.is_cuda()) {
+    launch(x, "linear", minillm_linear, call, 0);
+    return y;
+  }
+#endif
   minillm_cpu_linear(&call);
   return y;
 }
@@ -361,13 +380,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_gather_backward(Tensor grad, Ten
 Nf4 nf4_weight(const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& absmax2,
                const std::optional<Tensor>& offset, const Tensor& book, const std::optional<Tensor>& book8,
                int64_t count) {
-  const auto floats = [](const Tensor& x, int64_t least) {
+  const auto floats = [&](const Tensor& x, int64_t least) {
+    beside(codes, x);
     if (x.scalar_type() != ScalarType::Float || !x.is_contiguous() || x.numel() < least)
       require(false, "scales and code books of float32, side by side in memory");
     return static_cast<const float*>(x.const_data_ptr());
   };
   if (codes.scalar_type() != ScalarType::Byte || codes.dim() != 2 || !codes.is_contiguous() || !absmax.is_contiguous())
     require(false, "codes (blocks, block / 2) and scales, side by side in memory");
+  beside(codes, absmax);
   const int64_t blocks = codes.size(0), block = 2 * codes.size(1);
   if (count > blocks * block || absmax.numel() != blocks) require(false, "codes and scales for all weights");
   Nf4 w{};
@@ -388,6 +409,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor weight, Tensor book, int64_t bloc
   if (!weight.is_contiguous() || block < 2 || block % 2 || book.scalar_type() != ScalarType::Float ||
       book.numel() != 512 || !book.is_contiguous())
     require(false, "a weight that lies side by side in memory, an even block, and the book (256, 2)");
+  beside(weight, book);
   Tensor codes = empty(weight, {blocks, block / 2}, ScalarType::Byte);
   Tensor absmax = empty(weight, {blocks}, ScalarType::Float);
   const Nf4Quantize call{weight.const_data_ptr(),
@@ -397,6 +419,12 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor weight, Tensor book, int64_t bloc
                          count,
                          dtype_of(weight),
                          int32_t(block)};
+#ifdef MINILLM_CUDA
+  if (weight.is_cuda()) {
+    launch(weight, "nf4_quantize", minillm_nf4_quantize, call, 0);
+    return {codes, absmax};
+  }
+#endif
   minillm_cpu_nf4_quantize(&call);
   return {codes, absmax};
 }
@@ -406,6 +434,12 @@ Tensor nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> absmax2
   Tensor out = empty(codes, {Dout, Din}, dtype);
   const Nf4Dequantize call{nf4_weight(codes, absmax, absmax2, offset, book, book8, Dout * Din), out.mutable_data_ptr(),
                            dtype_of(out)};
+#ifdef MINILLM_CUDA
+  if (codes.is_cuda()) {
+    launch(codes, "nf4_dequantize", minillm_nf4_dequantize, call, 0);
+    return out;
+  }
+#endif
   minillm_cpu_nf4_dequantize(&call);
   return out;
 }
@@ -416,11 +450,18 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> a
   const Matrix rows(x);
   const int64_t Din = x.size(x.dim() - 1);
   check_bias(bias, x.scalar_type(), Dout);
+  beside(x, codes), beside(x, bias);
   Nf4Linear call{};
   call.weight = nf4_weight(codes, absmax, absmax2, offset, book, book8, Dout * Din);
   call.x = x.const_data_ptr(), call.bias = data_of(bias), call.y = y.mutable_data_ptr();
   call.x_row = rows.stride, call.y_row = Dout, call.dtype = dtype_of(x);
   call.M = rows.rows, call.Din = Din, call.Dout = Dout;
+#ifdef MINILLM_CUDA
+  if (x.is_cuda()) {
+    launch(x, "nf4_linear", minillm_nf4_linear, call, 0);
+    return y;
+  }
+#endif
   if (call.M) minillm_cpu_nf4_linear(&call);
   return y;
 }
@@ -465,5 +506,9 @@ STABLE_TORCH_LIBRARY_IMPL(minillm, CUDA, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("rope", TORCH_BOX(&rope));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
+  m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
+  m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
 }
 #endif

@@ -1,5 +1,6 @@
 // The memories of the emulated GPU, watched: every access by a kernel is counted, and checked against earlier ones.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "report.h"
@@ -68,9 +69,10 @@ class Memory : public Report {
     return reinterpret_cast<char*>((address + 127) & ~uintptr_t{127});
   }
 
-  // A GPU moves a number of 2, 4, 8 or 16 bytes only where such numbers begin.
+  // A GPU moves a number of 2, 4, 8 or 16 bytes only where such numbers begin; several of them, where one does.
   bool check_aligned(const void* address, int bytes = 16) {
-    if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return true;
+    int whole = std::min(bytes & -bytes, 16);
+    if (reinterpret_cast<uintptr_t>(address) % whole == 0) return true;
     fail("%s moves %d bytes at an address between", who(), bytes);
     return false;
   }
