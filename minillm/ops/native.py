@@ -13,7 +13,10 @@ import torch
 from minillm.ops.build import BuildError, build, built, obstacle
 
 # Importing one gives its ops their kernels.
-MODULES = ("native_attention", "native_rope", "native_linear", "native_lora", "native_nf4")
+MODULES = (
+    *("native_attention", "native_rope", "native_linear", "native_nf4"),
+    *("native_lora", "native_lora_linear", "native_lora_gather"),
+)
 _found: bool | None = None  # None: not looked yet
 _devices: tuple[str, ...] = ()  # "cpu" and perhaps "cuda": where the loaded library has kernels
 _trouble = ""  # why a library that is there could not be loaded
