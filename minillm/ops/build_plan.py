@@ -101,6 +101,8 @@ def _flags(kind: str, extra: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     if kind == "emulated":
         return {"cuda": (*EMULATED, *extra), "link": ("-shared", "-pthread", *extra)}
     binding, cpu, libraries = (*BINDING, *extra), (*CPU, *extra), ("-ltorch_cpu", "-lc10")
+    if kind == "cpu" and "-DMINILLM_EMULATED" in extra:  # the CUDA launchers that binding.cpp then calls are elsewhere
+        return {"": binding, "cpu": cpu, "link": ("-shared", "-pthread", *extra, *libraries)}
     if kind == "cpu":
         # Never -ffast-math here: g++ 12 would then link code that makes the whole process round tiny numbers to 0.
         return {"": binding, "cpu": cpu, "link": ("-shared", "-pthread", *extra, "-Wl,-z,defs", *libraries)}
