@@ -49,7 +49,8 @@ def slow(x: Tensor, a: Tensor, dropout: float) -> str:
     return "" if dropout or a.shape[0] <= 32 else "a rank above 32, which the library multiplies as fast"
 
 
-def _cannot(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0, seed=None) -> str:
+def update_obstacle(y: Tensor, x: Tensor, a: Tensor, b: Tensor, *_, **__) -> str:
+    """What keeps our kernels from adding to y an update of x by the factors a and b; "" if nothing."""
     low = autocast_dtype(x.device.type)
     if low:
         if low != torch.bfloat16 or y.dtype != low:
@@ -62,7 +63,7 @@ def _slower(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: f
     return slow(x, a, dropout)
 
 
-@lora.native(_cannot, _slower)
+@lora.native(update_obstacle, _slower)
 def _lora(y, x, a, b, scale, dropout=0.0, seed=None):
     check_dropout(dropout, seed)
     device = x.device.type

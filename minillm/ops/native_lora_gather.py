@@ -3,21 +3,20 @@
 import torch
 from torch import Tensor
 
+from minillm.ops.lora import cast_as_autocast
 from minillm.ops.lora_gather import _check, lora_gather, lora_rows
-from minillm.ops.native import below_autograd, wants_grad, why_not
-from minillm.ops.native_lora import autocast_dtype, factors_obstacle, slow_on_gpu
+from minillm.ops.native import below_autograd, wants_grad
+from minillm.ops.native_lora import autocast_dtype, slow_on_gpu, update_obstacle
 
 MOST_ROWS = 65535  # of a batch on a GPU: one dimension of a kernel's grid
 
 
 def _cannot(y: Tensor, x: Tensor, a: Tensor, b: Tensor, *others: Tensor) -> str:
-    if autocast_dtype(x.device.type):
-        return "autocast changes types, which is the library's business"
     if any(t.device != x.device for t in others):
         return "the tensors are of different types, or on different devices"
     if x.is_cuda and max(len(x), len(a)) > MOST_ROWS:
         return f"more than {MOST_ROWS} rows or adapters on a GPU"
-    return why_not(x, y) or factors_obstacle(x, a, b)
+    return update_obstacle(y, x, a, b)
 
 
 def _slower(y: Tensor, x: Tensor, *_: Tensor) -> str:
@@ -35,6 +34,11 @@ def _lora_rows(y, x, a, b):
 
 
 def _run(y, x, a, b, rows, scale):
+    device = x.device.type
+    if autocast_dtype(device):
+        x, a, b = cast_as_autocast(x, a, b)
+        with torch.autocast(device, enabled=False):
+            return _run(y, x, a, b, rows, scale)
     operation = torch.ops.minillm.lora_gather.default
     b = b if b.stride(1) == 1 else b.mT.contiguous().mT  # as a bank has it: Dout side by side
     arguments = (y, x, a, b, rows, None, scale)

@@ -12,22 +12,16 @@ from attention_cases import CASES, ODD_SIZES, Case, check_backward, check_forwar
 from minillm import ops
 from minillm.generation import generate_tokens
 from minillm.models import ModelConfig, build
-from minillm.ops import native
-from minillm.ops.build import build as build_kernels
 
 DEVICE = "cuda"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("cuda_kernels"),
+]
 STAGES = (0, 1, 2, 3, 4, 5)
 ONLY_BFLOAT16 = (3, 4, 5)
 HOPPER = (9, 0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cuda_kernels():
-    if reason := native.obstacle("cuda"):
-        pytest.skip(f"no CUDA kernels: {reason}")
-    build_kernels("cuda")
-    assert native.loaded() and "cuda" in native._devices, "another library was loaded before this one was built"
 
 
 def runs():

@@ -1,4 +1,4 @@
-"""A sample of the tests; a tiny tree of kernel sources; and compilers that are shell scripts, for tests of the build."""
+"""A sample of the tests; and a tiny tree of kernel sources, and compilers that are shell scripts, for the build's."""
 
 import os
 from pathlib import Path

@@ -47,8 +47,8 @@ class Case:
         return [t if t is None else t.detach().requires_grad_() for t in tensors], grad
 
     def exact(self, tensors, dropout: float) -> Tensor:
-        """In float64, on the CPU."""
-        x, weight, bias, a, b = (None if t is None else t.double().cpu() for t in tensors)
+        """The formula; tensors in float64, on the CPU."""
+        x, weight, bias, a, b = tensors
         flat = x.reshape(-1, self.Din)
         keep = kept(*flat.shape, dropout, self.seed, "cpu").double() / (1 - round(dropout * 2**24) / 2**24)
         return F.linear(x, weight, bias) + self.scale * ((flat * keep).view(x.shape) @ a.mT) @ b.mT
@@ -81,6 +81,13 @@ def close(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
         assert off <= allowed, f"error {off:.2e}, allowed {allowed:.2e}"
 
 
+def in_float64(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """The same numbers on the CPU, as leaves of their own, so that their gradients are not rounded."""
+    return [
+        t if t is None or not t.is_floating_point() else t.detach().cpu().double().requires_grad_() for t in tensors
+    ]
+
+
 def results(y: Tensor, tensors: list, grad: Tensor) -> tuple[Tensor, ...]:
     return y, *torch.autograd.grad(y, [t for t in tensors if t is not None], grad.to(y.device, y.dtype))
 
@@ -99,11 +106,12 @@ def check_linear(case: Case, types, dropout: float, device="cpu", backend="nativ
         with ops.use_backend(backend):
             return results(ops.lora(F.linear(x, weight, bias), x, *factors, *rest), tensors, grad)
 
-    truth = results(case.exact(tensors, dropout), tensors, grad.double().cpu())
+    precise = in_float64(tensors)
+    truth = results(case.exact(precise, dropout), precise, grad.cpu())
     theirs = linear("reference")
     for ours in (linear(backend), beside(backend)):
         for one, two, exact in zip(ours, theirs, truth, strict=True):
-            close(one, two, exact.double().cpu())
+            close(one, two, exact)
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,8 @@ class Mixed:
         return [y, x, a, b, rows, scale], grad
 
     def exact(self, tensors) -> Tensor:
-        y, x, a, b, _, scale = (t.double().cpu() for t in tensors)
+        """The formula; tensors in float64, on the CPU."""
+        y, x, a, b, _, scale = tensors
         rows = [y[i] + (x[i] @ (scale[n] * (b[n] @ a[n])).mT if n >= 0 else 0) for i, n in enumerate(self.rows)]
         return torch.stack(rows) if rows else y * 1.0
 
@@ -147,16 +156,17 @@ MIXED = {
 
 def check_mixed(case: Mixed, types, device="cpu", backend="native") -> None:
     tensors, grad = case.tensors(*types, device)
-    wanted = tensors[:4] + tensors[5:]
 
     def run(backend):
         with ops.use_backend(backend):
-            return mixed_results(ops.lora_gather(*tensors), wanted, grad)
+            return mixed_results(ops.lora_gather(*tensors), tensors, grad)
 
-    truth = mixed_results(case.exact(tensors), wanted, grad.double().cpu())
+    precise = in_float64(tensors)
+    truth = mixed_results(case.exact(precise), precise, grad.cpu())
     for one, two, exact in zip(run(backend), run("torch"), truth, strict=True):
-        close(one, two, exact.double().cpu())
+        close(one, two, exact)
 
 
-def mixed_results(y, wanted, grad) -> tuple[Tensor, ...]:
+def mixed_results(y: Tensor, tensors: list, grad: Tensor) -> tuple[Tensor, ...]:
+    wanted = [t for t in tensors if t.is_floating_point()]
     return y, *torch.autograd.grad(y, wanted, grad.to(y.dtype), allow_unused=True, materialize_grads=True)

@@ -74,6 +74,7 @@ __global__ void misaligned_chunk(Toy) { store16(&shared<Memory>().tile[0][4], ui
 __global__ void bytes_of_neighbours(Toy toy) {
   put(reinterpret_cast<uint8_t*>(toy.out) + threadIdx.x, static_cast<uint8_t>(threadIdx.x));
 }
+__global__ void asserted(Toy) { assert(threadIdx.x < 3); }
 __global__ void summed(Toy toy) { atomicAdd(toy.out, load(toy.in + threadIdx.x)); }
 __global__ void summed_and_read(Toy toy) {
   atomicAdd(toy.out, 1.f);
@@ -178,6 +179,7 @@ extern "C" int toy(const Toy* toy, int number, void* stream) {
     case 25: return run(bytes_of_neighbours);
     case 26: return run(summed);
     case 27: return run(summed_and_read);
+    case 28: return run(asserted);
     default: return launch(neighbours, 1, 64, 300 * 1024, stream, *toy);
   }
 }
@@ -190,7 +192,8 @@ NAMES = (
     *("half_a_warp_shuffles", "unwritten", "beyond_shared", "beyond_global", "copies", "misaligned_copies"),
     *("warp_words", "product", "product_by_tiles", "turns", "part_of_a_warp", "written_twice"),
     *("read_after_write", "shuffled_after_landing", "barriers_of_a_line", "misaligned_load", "misaligned_store"),
-    *("misaligned_pair", "misaligned_chunk", "bytes_of_neighbours", "summed", "summed_and_read", "too_much_shared"),
+    *("misaligned_pair", "misaligned_chunk", "bytes_of_neighbours", "summed", "summed_and_read", "asserted"),
+    "too_much_shared",
 )  # in the order of `toy`'s cases
 
 
@@ -296,6 +299,7 @@ def test_schedules_are_what_they_say(toys):
         ("misaligned_pair", 0, "moves 4 bytes at an address between"),
         ("misaligned_chunk", 0, "moves 16 bytes at an address between"),
         ("summed_and_read", 0, "race: .* reads global memory that an atomic wrote"),
+        ("asserted", 0, r"assertion failed at .*toys.cu:\d+: threadIdx.x < 3"),
         ("part_of_a_warp", 0, "cudaError 9"),
     ],
 )

@@ -4,7 +4,6 @@ Their codes and numbers are those of the torch path, bit by bit; products have a
 """
 
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from mutants import NEEDLESS, OUTSIDE, RACE, WRONG, check_killed
 from torch import Tensor
 
 from minillm.ops import emulate
@@ -246,15 +246,6 @@ def test_bytes_are_those_of_the_algorithm():
     assert bytes_read(1) == 9 * (1024 * (4 + 4 + 1 + 4) + 4)
 
 
-KILLERS = {
-    "wrong numbers": "",
-    "race": "race:",
-    "memory outside every tensor": "outside every tensor",
-    "needless reads": "",
-}
-WRONG, RACE, OUTSIDE, NEEDLESS = KILLERS
-
-
 class Mutant(NamedTuple):
     without: str
     killer: str
@@ -291,25 +282,4 @@ MUTANTS = {
 @pytest.mark.parametrize("number", MUTANTS)
 def test_a_mutant_is_killed(number):
     _, killer, check, stage, case = MUTANTS[number]
-    case = case or {}
-    normal, mutant = machine_of(), machine_of(mutant=number)
-    check(stage, normal, **case)
-    assert not normal.reached_mutant
-    if killer == NEEDLESS:
-        check(stage, mutant, **case)
-        assert mutant.counts.global_read > normal.counts.global_read
-    elif killer == WRONG:
-        with pytest.raises(AssertionError):
-            check(stage, mutant, **case)
-    else:
-        with pytest.raises(emulate.EmulationError, match=KILLERS[killer]):
-            check(stage, mutant, **case)
-    assert mutant.reached_mutant
-
-
-def test_every_guard_and_barrier_is_on_trial():
-    text = "".join(file.read_text() for file in FILES)
-    assert sorted({int(number) for number in re.findall(r"kept\((\d+)\)", text)}) == sorted(MUTANTS)
-    for line in text.splitlines():
-        if "__syncthreads" in line:
-            assert "kept(" in line, line
+    check_killed(number, killer, lambda machine: check(stage, machine, **(case or {})), library())

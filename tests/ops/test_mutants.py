@@ -1,38 +1,16 @@
 """Does the emulated suite notice when a line of an attention kernel is left out?"""
 
-import re
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from attention_cases import CASES, ODD_SIZES, Case, check_backward, check_forward
+from mutants import CONFLICTS, DEADLOCK, IN_FLIGHT, MULTIPLYING, NEEDLESS, OUTSIDE, RACE, RULE, WRONG, check_killed
 
 from minillm.ops import emulate
-from minillm.ops.build_plan import SOURCES
 
-HEADERS = ("tiles.cuh", "tensor_cores.cuh", "swizzled.cuh", "backward.cuh", "hopper.cuh", "boxes.cuh")
-FILES = [*sorted((SOURCES / "cuda").glob("attention*.cu*")), *(SOURCES / "cuda" / name for name in HEADERS)]
-KILLERS = {
-    "wrong numbers": "the result is not that of the formula in float64",
-    "race": "two threads touch the same memory, and no barrier lies between",
-    "memory outside every tensor": "global memory is read or written past the end of a tensor",
-    "copy under way": "shared memory is used before an asynchronous copy to it was waited for",
-    "product under way": "registers are used, or a thread leaves, before a product was waited for",
-    "deadlock": "threads wait at an mbarrier for what never comes",
-    "broken rule": "of the copy engine, of mbarriers or of wgmma: see what the emulated GPU says",
-    "needless reads": "the result is right, but more bytes are read than need be",
-    "bank conflicts": "the result is right, but the rows that ldmatrix reads at once lie in the same banks",
-}
-WRONG, RACE, OUTSIDE, IN_FLIGHT, MULTIPLYING, DEADLOCK, RULE, NEEDLESS, CONFLICTS = KILLERS
-REPORTS = {
-    RACE: "race:",
-    OUTSIDE: "outside every tensor",
-    IN_FLIGHT: "copy to it is under way",
-    MULTIPLYING: "a product under way|its product is under way",
-    DEADLOCK: "deadlock:",
-    RULE: "is no multiple of|which no copy fills|misses no arrival|told to expect|was not told of|no fence orders",
-}
 ALL_CASES = CASES | ODD_SIZES | {
     "decode": Case(B=2, H=4, G=4, S=70, K=40, padding="all of a row"),
     "tiles in turn": Case(T=20, S=520, K=64),
@@ -171,18 +149,8 @@ MUTANTS = {
 }
 
 
-def in_the_sources() -> dict[int, str]:
-    """The number of each mutant of attention's kernels -> the file where it stands."""
-    found = {}
-    for file in FILES:
-        for number in re.findall(r"kept\((\d+)\)", file.read_text()):
-            assert found.setdefault(int(number), file.name) == file.name, f"two files have a mutant {number}"
-    return found
-
-
-def attempt(case: Case, stage: str, number: int) -> emulate.Machine:
-    """Run the kernels of `stage` without line `number`, and check the numbers."""
-    machine = emulate.Machine(mutant=number)
+def attempt(case: Case, stage: str, machine: emulate.Machine) -> None:
+    """Run the kernels of `stage`, and check the numbers."""
     q, k, v, grad = case.tensors(torch.bfloat16)
     given = {"keys": case.keys(), **case.rules()}
     if stage in ("backward v1", "backward v2"):
@@ -194,7 +162,6 @@ def attempt(case: Case, stage: str, number: int) -> emulate.Machine:
         check_forward(case, q, k, v, *emulate.attention_decode(q, k, v, splits=3, machine=machine, **given))
     else:
         check_forward(case, q, k, v, *emulate.attention(q, k, v, stage=stage, machine=machine, **given))
-    return machine
 
 
 @pytest.mark.parametrize("number", MUTANTS)
@@ -202,29 +169,4 @@ def test_a_mutant_is_killed(number):
     _, killer, stage, name = MUTANTS[number]
     case = replace(ALL_CASES[name], H=ALL_CASES[name].G)  # fewer heads are as good, but in decoding
     case = ALL_CASES[name] if stage == "decode" else case
-    normal = attempt(case, stage, 0)
-    assert not normal.reached_mutant
-    if killer in REPORTS:
-        with pytest.raises(emulate.EmulationError, match=REPORTS[killer]):
-            attempt(case, stage, number)
-    elif killer == WRONG:
-        with pytest.raises(AssertionError):
-            attempt(case, stage, number)
-    else:
-        mutant = attempt(case, stage, number)
-        counted = {NEEDLESS: "global_read", CONFLICTS: "conflicts"}[killer]
-        assert mutant.reached_mutant and getattr(mutant.counts, counted) > getattr(normal.counts, counted)
-
-
-def test_every_line_that_could_be_left_out_is_on_trial():
-    assert sorted(in_the_sources()) == sorted(MUTANTS)
-
-
-def test_every_barrier_and_wait_is_on_trial():
-    for file in FILES:
-        for line in file.read_text().splitlines():
-            calls = r"__syncthreads|__syncwarp|wait_for_copies"
-            if file.suffix == ".cu":  # the headers define the words of Hopper, the kernels use them
-                calls += r"|\b(wait|arrive\w*|announce_barriers|fence_registers|commit_products|wait_for_products)\("
-            if re.search(calls, line):
-                assert "kept(" in line, f"{file.name}: {line.strip()}"
+    check_killed(number, killer, partial(attempt, case, stage))
