@@ -106,9 +106,7 @@ def _flags(kind: str, defines: tuple[str, ...], extra: tuple[str, ...]) -> dict[
         return {"cuda": (*EMULATED, *defines, *extra), "link": ("-shared", "-pthread", *extra)}
     binding, cpu = (*BINDING, *defines, *extra), (*CPU, *defines, *extra)
     libraries = ("-ltorch_cpu", "-lc10")
-    if (
-        kind == "cpu" and "-DMINILLM_EMULATED" in defines
-    ):  # the CUDA launchers that binding.cpp then calls are elsewhere
+    if kind == "cpu" and "-DMINILLM_EMULATED" in defines:  # the launchers that binding.cpp then calls are elsewhere
         return {"": binding, "cpu": cpu, "link": ("-shared", "-pthread", *extra, *libraries)}
     if kind == "cpu":
         # Never -ffast-math here: g++ 12 would then link code that makes the whole process round tiny numbers to 0.

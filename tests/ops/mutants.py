@@ -25,7 +25,6 @@ KILLERS = {
     ),
     "shared memory outside": Killer("so is the memory that a block shares", "shared memory outside the block's"),
     "address between": Killer("16 bytes are read where none of them begin", "16 bytes at an address between"),
-    "assertion": Killer("the kernel's own does not hold", "assertion failed"),
     "copy under way": Killer(
         "shared memory is used before an asynchronous copy to it was waited for", "copy to it is under way"
     ),
@@ -43,8 +42,7 @@ KILLERS = {
         "the result is right, but the rows that ldmatrix reads at once lie in the same banks", counted="conflicts"
     ),
 }
-WRONG, RACE, OUTSIDE, OUTSIDE_SHARED, BETWEEN, ASSERTION, *REST = KILLERS
-IN_FLIGHT, MULTIPLYING, DEADLOCK, RULE, NEEDLESS, CONFLICTS = REST
+WRONG, RACE, OUTSIDE, OUTSIDE_SHARED, BETWEEN, IN_FLIGHT, MULTIPLYING, DEADLOCK, RULE, NEEDLESS, CONFLICTS = KILLERS
 
 
 def check_killed(number: int, killer: str, run: Callable[[Machine], object], path: Path | None = None) -> None:

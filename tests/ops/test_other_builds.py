@@ -21,7 +21,7 @@ NATIVE = sorted(Path(__file__).parent.glob("test_native_*.py"))
 EMULATED = [
     path
     for path in sorted(Path(__file__).parent.glob("test_emulated*.py"))
-    if path.stem not in ("test_emulated_machine", "test_emulated_nvcc")
+    if path.stem not in ("test_emulated_machine", "test_emulated_nvcc", "test_emulated_binding")
 ]
 PLAIN = "not mutant and not accepts and not compile and not thread"  # what runs the kernels, and nothing long besides
 PROCESSORS = {"AVX2": "-march=x86-64-v3", "SSE": "-march=x86-64"}
