@@ -178,7 +178,8 @@ def main(words: list[str]) -> None:
             link([*others, folder / "mutant.o"], library)
             killed = is_killed(folder / "cache", mutant.tests)
             survivors += not killed
-            print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.file}: {mutant.line}  ->  {mutant.instead}", flush=True)
+            fate = "killed  " if killed else "SURVIVED"
+            print(f"{fate} {mutant.file}: {mutant.line}  ->  {mutant.instead}", flush=True)
         print(f"{len(chosen)} mutants, {survivors} survivors")
 
 
