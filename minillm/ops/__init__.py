@@ -4,6 +4,7 @@ from minillm.later import later
 from minillm.ops.activations import ACTIVATIONS, swiglu
 from minillm.ops.attention import attention, attention_weights, causal_mask
 from minillm.ops.cross_entropy import IGNORE, linear_cross_entropy
+from minillm.ops.dropout import dropout, dropout_seed
 from minillm.ops.linear import linear
 from minillm.ops.lora import lora, lora_linear
 from minillm.ops.lora_gather import lora_gather, lora_rows, lora_segments
@@ -34,6 +35,8 @@ __all__ = [
     "attention",
     "attention_weights",
     "causal_mask",
+    "dropout",
+    "dropout_seed",
     "info",
     "layer_norm",
     "linear",

@@ -4,6 +4,9 @@ Three libraries come of the sources in csrc/:
   cpu       binding.cpp (the only file with headers of torch) and cpu/*.cpp
   cuda      the same, and cuda/*.cu through nvcc
   emulated  cuda/*.cu through g++, with csrc/emulator in the place of CUDA: no torch, no GPU; loaded with ctypes
+
+MINILLM_CXXFLAGS gives the C++ compiler more flags, after ours: -march=x86-64-v3, say, for a cluster whose machines have
+no more in common, or -O0 -g for a debugger. MINILLM_CUDA_ARCHS names nvcc's architectures. Both belong to the digest.
 """
 
 import functools
@@ -19,17 +22,17 @@ from pathlib import Path
 
 import torch
 
-from minillm.ops.compilers import BuildError
+from minillm.ops.compilers import BuildError, words_in
 
 SOURCES = Path(__file__).parent / "csrc"
 TORCH = Path(torch.__file__).parent
 KINDS = {"cpu": ("", "cpu"), "cuda": ("", "cpu", "cuda"), "emulated": ("", "emulator", "cuda")}  # -> its source folders
 
 CXX = ("-std=c++20", "-fPIC", "-pthread", "-Wall", "-Wextra", "-I.")
-SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZE = ("-Og", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CPU = (*CXX, "-O3", "-march=native")  # no -ffast-math: what should be fast is written with vectors, infinities count
 BINDING = (*CXX, "-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000")  # torch 2.10's stable ABI, which later ones keep
-EMULATED = ("-x", "c++", *CXX, "-Wno-unknown-pragmas", "-Iemulator", "-O2")
+EMULATED = ("-x", "c++", *CXX, "-Wno-unknown-pragmas", "-Iemulator", "-O1")
 CUDA = ("-std=c++20", "-O3", "-I.", "-Xcompiler=-fPIC", "-Xptxas=-v")  # -v: registers and spills, into build.log
 ARCHS = "sm_80,sm_90a,compute_90"  # machine code for A100 and H100/H200, and PTX for what comes after
 
@@ -58,7 +61,8 @@ def make_plan(kind: str, defines: Sequence[str] = (), sanitize: bool = False, on
         chosen = _choose(kind, units, only)
         files, units = [file for file in files if file not in units or file in chosen], chosen
     units.sort(key=lambda unit: (unit != "binding.cpp", -(SOURCES / unit).stat().st_size))  # torch's headers are long
-    flags = _flags(kind, tuple(f"-D{name}" for name in defines) + SANITIZE * sanitize)
+    extra = (*SANITIZE * sanitize, *words_in("MINILLM_CXXFLAGS"))
+    flags = _flags(kind, tuple(f"-D{name}" for name in defines), extra)
     name = f"{kind}-{_digest(kind, files, flags)}"
     return Plan(kind, SOURCES, tuple(units), flags, name, (tuple(defines), sanitize, tuple(only)))
 
@@ -96,18 +100,21 @@ def _instructions() -> str:
         return ""
 
 
-def _flags(kind: str, extra: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The flags of a library, for each folder of its units; `extra` for the compilers."""
+def _flags(kind: str, defines: tuple[str, ...], extra: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The flags of a library, for each folder of its units; `extra` for the C++ compiler alone."""
     if kind == "emulated":
-        return {"cuda": (*EMULATED, *extra), "link": ("-shared", "-pthread", *extra)}
-    binding, cpu, libraries = (*BINDING, *extra), (*CPU, *extra), ("-ltorch_cpu", "-lc10")
+        return {"cuda": (*EMULATED, *defines, *extra), "link": ("-shared", "-pthread", *extra)}
+    binding, cpu = (*BINDING, *defines, *extra), (*CPU, *defines, *extra)
+    libraries = ("-ltorch_cpu", "-lc10")
+    if kind == "cpu" and "-DMINILLM_EMULATED" in defines:  # the launchers that binding.cpp then calls are elsewhere
+        return {"": binding, "cpu": cpu, "link": ("-shared", "-pthread", *extra, *libraries)}
     if kind == "cpu":
         # Never -ffast-math here: g++ 12 would then link code that makes the whole process round tiny numbers to 0.
         return {"": binding, "cpu": cpu, "link": ("-shared", "-pthread", *extra, "-Wl,-z,defs", *libraries)}
     if (TORCH / "lib" / "libtorch_cuda.so").exists():
         # The binding asks for torch's CUDA stream by a weak symbol, for which alone the linker would load no library.
         libraries = ("-Xlinker=--no-as-needed", "-ltorch_cuda", *libraries)
-    cuda = (*CUDA, *_gencode(os.environ.get("MINILLM_CUDA_ARCHS") or ARCHS), *extra)
+    cuda = (*CUDA, *_gencode(os.environ.get("MINILLM_CUDA_ARCHS") or ARCHS), *defines)
     link = ("-shared", "-Xlinker=-z,defs", *libraries)
     return {"": (*binding, "-DMINILLM_CUDA"), "cpu": cpu, "cuda": cuda, "link": link}
 

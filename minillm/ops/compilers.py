@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 def find_cxx() -> Compiler:
     """The C++ compiler that CXX names, else g++; BuildError if there is none, or it does not know C++20."""
-    command = _words("CXX") or ("g++",)
+    command = words_in("CXX") or ("g++",)
     if not shutil.which(command[0]):
         where = f"CXX={os.environ['CXX']} names no program" if os.environ.get("CXX") else "g++ is not on the PATH"
         raise BuildError(
@@ -67,7 +67,7 @@ def find_cxx() -> Compiler:
 
 def find_nvcc() -> Compiler:
     """nvcc: what NVCC names, else on PATH, in CUDA_HOME, in /usr/local/cuda; BuildError if none, or too old."""
-    asked = _words("NVCC")
+    asked = words_in("NVCC")
     home = os.environ.get("CUDA_HOME", "")
     places = asked[:1] or ("nvcc", *([f"{home}/bin/nvcc"] if home else []), "/usr/local/cuda/bin/nvcc")
     found = next(filter(None, map(shutil.which, places)), None)
@@ -93,12 +93,12 @@ def _dotted(numbers: Sequence) -> str:
     return ".".join(map(str, numbers))
 
 
-def _words(variable: str) -> tuple[str, ...]:
-    """The environment variable as the words of a command, as in CXX="ccache g++"."""
+def words_in(variable: str) -> tuple[str, ...]:
+    """The environment variable as words of a command, as in CXX="ccache g++"."""
     try:
         return tuple(shlex.split(os.environ.get(variable, "")))
     except ValueError as error:
-        raise BuildError(f"{variable}={os.environ[variable]} is not a command: {error}") from None
+        raise BuildError(f"{variable}={os.environ[variable]} cannot be split: {error}") from None
 
 
 def _ask(command: Sequence[str]) -> str:

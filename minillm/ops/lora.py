@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from minillm.ops.dropout import Seed
+from minillm.ops.dropout import dropout as dropout_op
 from minillm.ops.registry import Op
 
 
@@ -19,13 +21,16 @@ def lora(
     a: Float[Tensor, "R Din"],
     b: Float[Tensor, "Dout R"],
     scale: float,
+    dropout: float = 0.0,
+    seed: Seed | None = None,
 ) -> Float[Tensor, "*batch Dout"]:
     """Add a low-rank update of `x` to `y`, the output of any base layer.
 
-    Semantics: y + scale * (x @ a.T) @ b.T. The update is computed in the dtype of `a` and the sum rounded once to the
-    dtype of `y`, so float32 adapters serve a bfloat16 base.
+    Semantics: y + scale * (drop(x) @ a.T) @ b.T, where drop is `ops.dropout` with this probability and seed. The update
+    is computed in the dtype of `a` and the sum rounded once to the dtype of `y`, so float32 adapters serve a bfloat16
+    base. Raises ValueError for a dropout outside [0, 1), or above 0 without a seed.
     """
-    update = (x.to(a.dtype) @ a.mT) @ b.mT
+    update = (dropout_op(x, dropout, seed).to(a.dtype) @ a.mT) @ b.mT
     return (y + scale * update).to(y.dtype)
 
 
@@ -37,26 +42,34 @@ def lora_linear(
     a: Float[Tensor, "R Din"],
     b: Float[Tensor, "Dout R"],
     scale: float,
+    dropout: float = 0.0,
+    seed: Seed | None = None,
 ) -> Float[Tensor, "*batch Dout"]:
-    """A linear layer with its low-rank update.
+    """A linear layer with its low-rank update, on whose way alone numbers of x are dropped.
 
-    Semantics: x @ weight.T + bias + scale * (x @ a.T) @ b.T
+    Semantics: x @ weight.T + bias + scale * (drop(x) @ a.T) @ b.T; see `lora`.
     """
-    return lora(F.linear(x, weight, bias), x, a, b, scale)
+    return lora(F.linear(x, weight, bias), x, a, b, scale, dropout, seed)
 
 
 @lora_linear.implementation("torch")
-def _lora_linear_torch(x, weight, bias, a, b, scale):
+def _lora_linear_torch(x, weight, bias, a, b, scale, dropout=0.0, seed=None):
+    if dropout:  # PyTorch has nothing better for it than the definition
+        return lora(F.linear(x, weight, bias), x, a, b, scale, dropout, seed)
     device = x.device.type
-    if torch.is_autocast_enabled(device):  # cast here, where autograd sees it; inside, every product has one dtype
-        low = torch.get_autocast_dtype(device)
-        x, weight, bias, a, b = (
-            t if t is None or t.dtype == torch.float64 else t.to(low) for t in (x, weight, bias, a, b)
-        )
+    if torch.is_autocast_enabled(device):
+        tensors = cast_as_autocast(x, weight, bias, a, b)
         with torch.autocast(device, enabled=False):
-            return _lora_linear_torch(x, weight, bias, a, b, scale)
+            return _lora_linear_torch(*tensors, scale)
     y = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def cast_as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast here, where autograd sees it; inside the operation every product then has one dtype."""
+    device = tensors[0].device.type
+    low = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(low) for t in tensors]
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -13,7 +13,10 @@ import torch
 from minillm.ops.build import BuildError, build, built, obstacle
 
 # Importing one gives its ops their kernels.
-MODULES = ("native_attention", "native_rope", "native_norm", "native_linear", "native_lora", "native_nf4")
+MODULES = (
+    *("native_attention", "native_rope", "native_norm", "native_linear", "native_nf4"),
+    *("native_lora", "native_lora_linear", "native_lora_gather"),
+)
 _found: bool | None = None  # None: not looked yet
 _devices: tuple[str, ...] = ()  # "cpu" and perhaps "cuda": where the loaded library has kernels
 _trouble = ""  # why a library that is there could not be loaded
@@ -82,6 +85,8 @@ def why_not(*tensors: torch.Tensor) -> str:
             return "the tensors are of different types, or on different devices"
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             return "the features do not lie side by side in memory: call .contiguous()"
+    if first.device.type not in ("cpu", "cuda"):
+        return f"kernels are for cpu and cuda, not {first.device.type}"
     if first.device.type not in _devices:
         return f"no kernels for {first.device.type} are built: run `minillm kernels build {first.device.type}`"
     if torch._C._are_functorch_transforms_active():

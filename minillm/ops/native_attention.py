@@ -11,6 +11,7 @@ from minillm.ops.attention import attention
 from minillm.ops.native import below_autograd, wants_grad, why_not
 from minillm.ops.native_rope import heads_like
 
+STAGES = range(1, 6)
 _stage = 0
 
 
@@ -19,9 +20,12 @@ def use_attention_stage(stage: int) -> Iterator[None]:
     """Inside the `with` block, attention on a GPU runs the stage 1, 2, .. of our kernels; 0 is the best for each call.
 
     The stages are csrc/cuda/attention_v1.cu and so on, for reading in that order. A call that a stage does not take
-    (3 and later: bfloat16 only) is an error.
+    (3 and later: bfloat16 only) is an error. Stage 5 is for Hopper (H100, H200) and never chosen by 0: it compiles and
+    runs emulated, but no GPU has run it yet.
     """
     global _stage
+    if stage and stage not in STAGES:
+        raise ValueError(f"stage={stage}: attention has the stages 1 to {STAGES[-1]}, and 0 for the best of them")
     before, _stage = _stage, stage
     try:
         yield
@@ -54,7 +58,22 @@ def _cannot(
         return f"stage {_stage} is one of the GPU's kernels; `minillm kernels emulate` runs it without a GPU"
     if q.is_cuda and q.shape[-1] > 256:
         return f"heads of {q.shape[-1]} features, where the GPU's kernels take up to 256"
-    return why_not(q, k, v)
+    return why_not(q, k, v) or (_stage == 5 and _not_for_hopper(q, k, v)) or ""
+
+
+def _not_for_hopper(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What keeps stage 5 from a call that other stages take: see encode() in csrc/cuda/boxes.cuh."""
+    if q.dtype != torch.bfloat16:
+        return f"stage 5 multiplies bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] % 16:
+        return f"stage 5 takes heads of a multiple of 16 features, not {q.shape[-1]}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        steps = [x.storage_offset(), *x.stride()[:3]]
+        if any(step % 8 for step in steps) or any(s == 0 < n - 1 for s, n in zip(x.stride(), x.shape, strict=True)):
+            return f"stage 5 copies from {name} in steps of 16 bytes, and its strides are {x.stride()}: .contiguous()"
+    if (capability := torch.cuda.get_device_capability(q.device)) != (9, 0):
+        return f"stage 5 is for GPUs of compute capability 9.0 (Hopper), not {capability[0]}.{capability[1]}"
+    return ""
 
 
 def _slower(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_) -> str:

@@ -12,6 +12,7 @@ from minillm.ops.quantize import NF4, QuantTensor, nf4_dequantize, nf4_quantize,
 from minillm.ops.quantized import quantized_linear
 
 ROWS = {torch.float32: 512, torch.bfloat16: 64}  # for more, a library's product of the numbers is as fast
+GPU_ROWS, GPU_CODES = 8, 32  # the GPU's fast kernel: up to so many rows, whole sets of so many codes (nf4_linear.cu)
 
 
 def _cannot(x: Tensor, weight: QuantTensor | Int4Tensor, bias: Tensor | None) -> str:
@@ -19,13 +20,22 @@ def _cannot(x: Tensor, weight: QuantTensor | Int4Tensor, bias: Tensor | None) ->
         return "weights in whole numbers of 4 bits"
     if len(weight.shape) != 2:
         return "a weight that is no matrix"
+    if weight.codes.device != x.device:
+        return "the tensors are on different devices"
     return why_not_linear(x)
+
+
+def _few(x: Tensor, weight: QuantTensor) -> bool:
+    """Whether the rows of x are few enough for multiplying codes to be faster than making numbers of them first."""
+    if x.is_cuda:
+        return rows_of(x) <= GPU_ROWS and x.shape[-1] % GPU_CODES == 0 and weight.block % GPU_CODES == 0
+    return rows_of(x) <= ROWS[x.dtype]
 
 
 @quantized_linear.native(_cannot)
 def _quantized_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    if rows_of(x) > ROWS[x.dtype]:
+    if not _few(x, weight):
         return _Nf4Linear.apply(x, weight, bias) if wants_grad(x) else F.linear(x, dequantize(weight, x.dtype), bias)
     operation = torch.ops.minillm.nf4_linear.default
     arguments = (_regular(x), *weight[:6], None if bias is None else bias.contiguous(), weight.shape[0])
@@ -63,7 +73,7 @@ nf4_dequantize.native(_cannot_dequantize)(dequantize)
 
 
 def _cannot_quantize(weight: Tensor, block: int) -> str:
-    return why_not_linear(weight[(0,) * weight.dim()].reshape(1))  # however the weight lies: it is copied if need be
+    return why_not_linear(weight.new_empty(1))  # however the weight lies: it is copied if need be
 
 
 @nf4_quantize.native(_cannot_quantize)

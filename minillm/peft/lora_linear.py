@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minillm.ops import lora, lora_linear
+from minillm.ops import dropout_seed, lora, lora_linear
 from minillm.peft.linears import adapter_dtype, device_of, features, is_conv1d
 from minillm.peft.names import Wrapper, innermost
 
@@ -38,10 +38,18 @@ class LoRALinear(Wrapper):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the bound is then 1 / sqrt(Din)
 
     def forward(self, x: Tensor) -> Tensor:
-        drops = self.training and self.dropout.p > 0
-        if drops or type(self.base).forward is not nn.Linear.forward:  # the base may be no plain layer
-            return lora(self.base(x), self.dropout(x), self.lora_A, self.lora_B, self.scale)
-        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+        update = (self.lora_A, self.lora_B, self.scale)
+        if type(self.base).forward is nn.Linear.forward:
+            operation, arguments = lora_linear, (x, self.base.weight, self.base.bias, *update)
+        else:  # the base may be no plain layer
+            operation, arguments = lora, (self.base(x), x, *update)
+        p = self.dropout.p if self.dropout.training else 0.0
+        if not p:
+            return operation(*arguments)
+        if operation.runs_natively(*arguments, p, 0):
+            return operation(*arguments, p, dropout_seed())
+        y = self.base(x) if operation is lora_linear else arguments[0]
+        return lora(y, self.dropout(x), *update)  # what nn.Dropout draws costs PyTorch less than what a seed says
 
     @property
     def weight(self) -> Tensor:

@@ -38,8 +38,8 @@ class QuantizedLinear(nn.Module):
     @property
     def quantized(self) -> QuantTensor | Int4Tensor:
         """The weight as it is kept."""
-        tensors = {leaf: getattr(self, leaf) for leaf in self._leaves()}
-        return self._format(**tensors, shape=(self.out_features, self.in_features))
+        tensors = map(self._buffers.__getitem__, self._leaves())  # at each call: past nn.Module's slow __getattr__
+        return self._format(*tensors, shape=(self.out_features, self.in_features))
 
     @property
     def weight(self) -> Tensor:

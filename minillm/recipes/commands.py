@@ -134,11 +134,15 @@ COMMANDS = {
     "kernels emulate": Command(
         "run a CUDA kernel of attention on a GPU that the processor plays, and say what it did and whether it is right",
         "minillm kernels emulate attention --stage v2 --trace\n"
-        "minillm kernels emulate attention --stage v4 --mutant 406",
+        "minillm kernels emulate attention --stage v4 --mutant 403",
         "minillm.recipes.kernels:emulate_kernel",
         arguments={
             "op": {"choices": ("attention",)},
-            "--stage": {"choices": ("v1", "v2", "v3", "v4"), "default": "v2", "help": "which kernel (v2 if not given)"},
+            "--stage": {
+                "choices": ("v1", "v2", "v3", "v4", "v5"),
+                "default": "v2",
+                "help": "which kernel (v2 if not given)",
+            },
             "--trace": {"action": "store_true", "help": "tell what one block does, barrier by barrier"},
             "--block": {"type": int, "default": 0, "help": "its number in the grid"},
             "--queries": {"type": int, "default": 64},

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from minillm import ops
 from minillm.generation import generate_tokens
 from minillm.models import ModelConfig, build
-from minillm.peft import LoraConfig, PrefixConfig, tune
+from minillm.peft import LoraConfig, PrefixConfig, QuantizedLinear, quantize, tune
 
 pytestmark = pytest.mark.usefixtures("native_library")
 ROOT = Path(__file__).parents[2]
@@ -73,13 +73,15 @@ def test_bfloat16_is_as_near_to_float64_as_torch_is(name):
     assert (ours - true).norm() <= 1.2 * (theirs - true).norm()
 
 
-@pytest.mark.parametrize("tuned", [None, "lora", "prefix"])
+@pytest.mark.parametrize("tuned", [None, "lora", "prefix", "nf4", "nf4 and lora"])
 @pytest.mark.parametrize("name", ["rotary, grouped", "window", "learned positions"])
 def test_greedy_tokens_are_those_of_torch(name, tuned):
     """Prompts of different lengths, padded on the left, with a cache that grows past its first buffers."""
     model = model_of(name).eval()
-    if tuned:
-        tune(model, LoraConfig(rank=3, alpha=7) if tuned == "lora" else PrefixConfig(length=3))
+    if tuned and "nf4" in tuned:
+        quantize(model)
+    if tuned not in (None, "nf4"):
+        tune(model, PrefixConfig(length=3) if tuned == "prefix" else LoraConfig(rank=3, alpha=7))
         for parameter in (p for p in model.parameters() if p.requires_grad):
             torch.nn.init.normal_(parameter, std=0.3)
     tokens, mask = torch.randint(2, 61, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
@@ -89,6 +91,23 @@ def test_greedy_tokens_are_those_of_torch(name, tuned):
         with ops.use_backend(backend):
             told[backend] = generate_tokens(model, tokens, mask=mask, max_new_tokens=40)
     assert torch.equal(told["native"], told["torch"])
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_generation_asks_once_whether_a_quantized_layer_runs_on_its_kernel(backend, monkeypatch):
+    """Asking at each token costs as much as the product of a small layer. Afterwards the layers are as before."""
+    model, asked = model_of("rotary, grouped").eval(), []
+    quantize(model)
+    monkeypatch.setattr(
+        QuantizedLinear, "forward", lambda self, x, run=QuantizedLinear.forward: asked.append(1) or run(self, x)
+    )
+    layers = sum(isinstance(module, QuantizedLinear) for module in model.modules())
+    with ops.use_backend(backend):
+        generate_tokens(model, torch.randint(2, 61, (1, 5)), max_new_tokens=10)
+        assert len(asked) == (0 if backend == "auto" else 10 * layers)
+        asked.clear()
+        model(torch.randint(2, 61, (1, 5)))
+        assert len(asked) == layers
 
 
 def test_autocast_computes_in_bfloat16_as_with_torch():
@@ -114,6 +133,7 @@ def test_auto_takes_the_kernels_and_leaves_to_torch_what_they_cannot():
 
 
 COMPILED = """
+import sys
 import torch
 from minillm import ops
 from minillm.models import ModelConfig, build
@@ -123,15 +143,16 @@ model = build(ModelConfig(vocab_size=61, hidden_size=48, num_layers=2, num_heads
 tokens, mask = torch.randint(2, 61, (2, 23)), torch.ones(2, 23, dtype=torch.bool)
 mask[0, :6] = False
 ops.use_backend("native")
-runs = model, torch.compile(model, fullgraph=True, backend="aot_eager")
+runs = model, torch.compile(model, fullgraph=True, backend=sys.argv[1])
 outputs = [run(tokens, mask=mask) for run in runs]
-torch.testing.assert_close(*outputs)
+torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 gradients = [torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in outputs]
 torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 """
 
 
-def test_a_decoder_compiles_whole():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_decoder_compiles_whole(backend):
     """Forward and backward in one graph; in a process of its own, where no annotations are checked."""
-    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([sys.executable, "-c", COMPILED, backend], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""A tiny tree of kernel sources, and compilers that are shell scripts, for the tests of the build."""
+"""A sample of the tests; and a tiny tree of kernel sources, and compilers that are shell scripts, for the build's."""
 
 import os
 from pathlib import Path
@@ -27,6 +27,20 @@ echo "$arguments" > "$made"
 """
 
 
+def pytest_collection_modifyitems(config, items):
+    """MINILLM_TEST_SAMPLE=1 leaves of each test with parameters as few calls as take each value of each of them."""
+    if os.environ.get("MINILLM_TEST_SAMPLE") != "1":
+        return
+    seen, left, dropped = set(), [], []
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {"": ""}
+        values = {(item.path, item.originalname, name, repr(value)) for name, value in parameters.items()}
+        (dropped if values <= seen else left).append(item)
+        seen |= values
+    items[:] = left
+    config.hook.pytest_deselected(items=dropped)
+
+
 @pytest.fixture
 def sources(tmp_path, monkeypatch) -> Path:
     """The tree, in the place of minillm's; the cache is tmp_path/cache, and the environment names no compiler."""
@@ -34,7 +48,7 @@ def sources(tmp_path, monkeypatch) -> Path:
         path = tmp_path / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    for variable in ("CXX", "NVCC", "CUDA_HOME", "MINILLM_CUDA_ARCHS"):
+    for variable in ("CXX", "NVCC", "CUDA_HOME", "MINILLM_CXXFLAGS", "MINILLM_CUDA_ARCHS"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build_plan, "SOURCES", tmp_path / "csrc")

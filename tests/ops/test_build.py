@@ -110,6 +110,7 @@ CHANGES = {  # what changes -> the kinds that it makes anew
     "a flag": {"cpu", "cuda"},
     "torch 2.99": {"cpu", "cuda"},
     "the processor": {"cpu", "cuda"},
+    "flags of the environment": {"cpu", "cuda", "emulated"},
     "the architectures": {"cuda"},
     "torch with CUDA": {"cuda"},
     "torch 2.13.9": set(),
@@ -137,6 +138,8 @@ def test_what_makes_a_new_build(sources, what, monkeypatch, tmp_path):
             monkeypatch.setattr(build_plan, "CPU", ("-O0",))
         case "the processor":
             monkeypatch.setattr(build_plan, "_instructions", lambda: "flags: mmx")
+        case "flags of the environment":
+            monkeypatch.setenv("MINILLM_CXXFLAGS", "-march=x86-64-v3")
         case "the architectures":
             monkeypatch.setenv("MINILLM_CUDA_ARCHS", "sm_90a")
         case "torch with CUDA":
@@ -195,6 +198,19 @@ def test_cuda_kernels_go_through_nvcc(sources, fake_compiler, tmp_path, monkeypa
         if ".cu.o" in command and " -c " in command
     )
     assert [" -DMINILLM_CUDA " in command for command in commands if "-c binding.cpp" in command] == [True]
+
+
+def test_flags_of_the_environment_come_last_and_only_to_the_cpp_compiler(sources, fake_compiler, monkeypatch):
+    fake_compiler(), fake_compiler(variable="NVCC", version=13)
+    monkeypatch.setenv("MINILLM_CXXFLAGS", "-march=x86-64-v3 '-DNAME=two words'")
+    plans = [make_plan(kind).flags for kind in ("cpu", "cuda", "emulated")]
+    given = ("-march=x86-64-v3", "-DNAME=two words")
+    by_cxx = [plans[0]["cpu"], plans[0][""], plans[1]["cpu"], plans[2]["cuda"]]
+    assert all(flags[-2:] == given for flags in by_cxx) and set(given) < set(plans[0]["link"])
+    assert not set(given) & {*plans[1]["cuda"], *plans[1]["link"]}
+    monkeypatch.setenv("MINILLM_CXXFLAGS", "-DNAME='two")
+    with pytest.raises(compilers.BuildError, match="MINILLM_CXXFLAGS=-DNAME='two cannot be split: No closing"):
+        build("cpu", say=quiet)
 
 
 def test_a_torch_with_cuda_is_linked_though_only_a_weak_symbol_asks_for_it(sources, tmp_path, monkeypatch):

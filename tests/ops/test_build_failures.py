@@ -73,7 +73,7 @@ def test_no_compiler_on_the_path(sources, tmp_path, monkeypatch, capsys):
     assert main(["kernels", "build", "cpu"]) == 2
     assert re.fullmatch(r"minillm: error: the cpu kernels cannot be built: there is no C.*\n", capsys.readouterr().err)
     monkeypatch.setenv("CXX", "g++ 'x")
-    fails("cpu", r"CXX=g\+\+ 'x is not a command: No closing quotation", tmp_path / "cache")
+    fails("cpu", r"CXX=g\+\+ 'x cannot be split: No closing quotation", tmp_path / "cache")
 
 
 def test_no_usable_nvcc(sources, fake_compiler, tmp_path, monkeypatch):

@@ -3,9 +3,7 @@
 Their codes and numbers are those of the torch path, bit by bit; products have at most twice its error.
 """
 
-import ctypes
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +11,19 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from mutants import NEEDLESS, OUTSIDE, RACE, WRONG, check_killed
 from torch import Tensor
 
 from minillm.ops import emulate
 from minillm.ops.build import build
 from minillm.ops.build_plan import SOURCES
 from minillm.ops.quantize import NF4, QuantTensor, nf4_dequantize, nf4_quantize, pairs, quantize_nf4
+from minillm.ops.structures import structures
 
 FILES = sorted((SOURCES / "cuda").glob("nf4*.cu*"))
+Nf4, Nf4Quantize, Nf4Dequantize, Nf4Linear = map(
+    structures("nf4.h").get, ("Nf4", "Nf4Quantize", "Nf4Dequantize", "Nf4Linear")
+)
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the error, relative: where torch's is 0 by luck
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SCHEDULES = pytest.mark.parametrize("schedule", emulate.SCHEDULES)
@@ -33,40 +36,6 @@ def library() -> Path:
 
 def machine_of(**settings) -> emulate.Machine:
     return emulate.Machine(path=library(), **settings)
-
-
-def structure(name: str, **fields) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-POINTER, INT, LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-Nf4 = structure(
-    "Nf4", **dict.fromkeys(("codes", "absmax", "absmax2", "offset", "book8", "book"), POINTER), count=LONG, block=INT
-)
-Nf4Quantize = structure(
-    "Nf4Quantize",
-    **dict.fromkeys(("weight", "codes", "absmax", "book"), POINTER),
-    **{"count": LONG, "dtype": INT, "block": INT},
-)
-Nf4Dequantize = structure("Nf4Dequantize", weight=Nf4, out=POINTER, dtype=INT)
-Nf4Linear = structure(
-    "Nf4Linear",
-    weight=Nf4,
-    **dict.fromkeys(("x", "bias", "y"), POINTER),
-    **dict.fromkeys(("x_row", "y_row"), LONG),
-    **dict.fromkeys(("dtype", "M", "Din", "Dout"), INT),
-)
-
-
-@pytest.mark.parametrize("structure", [Nf4, Nf4Quantize, Nf4Dequantize, Nf4Linear])
-def test_python_names_the_fields_of_the_header(structure):
-    text = re.sub(r"//.*", "", (SOURCES / "nf4.h").read_text())
-    body = re.search(rf"struct {structure.__name__} {{(.*?)\n}};", text, re.DOTALL).group(1)
-    declared = []
-    for line in filter(str.strip, body.split(";")):
-        names = re.match(r"\s*(?:const )?\w+\s*(.*)", line, re.DOTALL).group(1)
-        declared += [field.strip(" *\n") for field in names.split(",")]
-    assert declared == [field[0] for field in structure._fields_]
 
 
 def pointer(x: Tensor | None) -> int | None:
@@ -277,15 +246,6 @@ def test_bytes_are_those_of_the_algorithm():
     assert bytes_read(1) == 9 * (1024 * (4 + 4 + 1 + 4) + 4)
 
 
-KILLERS = {
-    "wrong numbers": "",
-    "race": "race:",
-    "memory outside every tensor": "outside every tensor",
-    "needless reads": "",
-}
-WRONG, RACE, OUTSIDE, NEEDLESS = KILLERS
-
-
 class Mutant(NamedTuple):
     without: str
     killer: str
@@ -322,25 +282,4 @@ MUTANTS = {
 @pytest.mark.parametrize("number", MUTANTS)
 def test_a_mutant_is_killed(number):
     _, killer, check, stage, case = MUTANTS[number]
-    case = case or {}
-    normal, mutant = machine_of(), machine_of(mutant=number)
-    check(stage, normal, **case)
-    assert not normal.reached_mutant
-    if killer == NEEDLESS:
-        check(stage, mutant, **case)
-        assert mutant.counts.global_read > normal.counts.global_read
-    elif killer == WRONG:
-        with pytest.raises(AssertionError):
-            check(stage, mutant, **case)
-    else:
-        with pytest.raises(emulate.EmulationError, match=KILLERS[killer]):
-            check(stage, mutant, **case)
-    assert mutant.reached_mutant
-
-
-def test_every_guard_and_barrier_is_on_trial():
-    text = "".join(file.read_text() for file in FILES)
-    assert sorted({int(number) for number in re.findall(r"kept\((\d+)\)", text)}) == sorted(MUTANTS)
-    for line in text.splitlines():
-        if "__syncthreads" in line:
-            assert "kept(" in line, line
+    check_killed(number, killer, lambda machine: check(stage, machine, **(case or {})), library())

@@ -1,35 +1,36 @@
 """The CUDA kernel of rotary embedding on the emulated GPU, against the definition in float64."""
 
-import ctypes
+import functools
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from mutants import RACE, check_killed
 from torch import Tensor
 
 from minillm import ops
 from minillm.ops import emulate
 from minillm.ops.build import build, obstacle
+from minillm.ops.structures import structures
 
 pytestmark = pytest.mark.skipif(bool(obstacle("emulated")), reason=obstacle("emulated"))
 SHAPES = [(1, 1, 1, 2), (2, 3, 5, 16), (3, 2, 7, 34), (1, 9, 4, 64), (2, 1, 3, 256)]
+Rope = structures("rope.h")["Rope"]
 
 
-class Rope(ctypes.Structure):  # csrc/rope.h
-    _fields_ = [
-        *((name, emulate._Heads) for name in "xy"),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
-        ("table_batch", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("dtype", *"BHTK")),
-    ]
+@functools.cache
+def library() -> Path:
+    return build("emulated", only=("rope.cu",))
 
 
-def run(x: Tensor, cos: Tensor, sin: Tensor, stage: int = 0, **settings) -> tuple[Tensor, emulate.Machine]:
-    machine, y = emulate.Machine(path=build("emulated", only=("rope.cu",)), **settings), torch.full_like(x, torch.nan)
-    heads = [emulate._Heads(t.data_ptr(), *t.stride()[:3]) for t in (x, y)]
+def run(x: Tensor, cos: Tensor, sin: Tensor, machine: emulate.Machine, stage: int = 0) -> Tensor:
+    y = torch.full_like(x, torch.nan)
+    heads = [emulate.Heads(t.data_ptr(), *t.stride()[:3]) for t in (x, y)]
     tables = cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.dim() == 3 else 0
     call = Rope(*heads, *tables, emulate.DTYPES[x.dtype], *x.shape)
     machine.call("minillm_rope", call, stage, memory=(x, y, cos, sin))
-    return y, machine
+    return y
 
 
 def inputs(shape, dtype, per_row):
@@ -44,7 +45,7 @@ def inputs(shape, dtype, per_row):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_the_definition(shape, per_row, dtype, schedule):
     x, cos, sin = inputs(shape, dtype, per_row)
-    y, _ = run(x, cos, sin, schedule=schedule)
+    y = run(x, cos, sin, emulate.Machine(path=library(), schedule=schedule))
     with ops.use_backend("reference"):
         expected = ops.rope(x.double(), cos.double(), sin.double())
     torch.testing.assert_close(y.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
@@ -53,19 +54,27 @@ def test_it_is_the_definition(shape, per_row, dtype, schedule):
 def test_every_number_is_read_once_and_written_once():
     """The tables are read for every head, from the cache of a real GPU."""
     x, cos, sin = inputs((2, 3, 5, 16), torch.float32, False)
-    _, machine = run(x, cos, sin)
+    machine = emulate.Machine(path=library())
+    run(x, cos, sin, machine)
     assert machine.counts.global_written == x.nbytes
     assert machine.counts.global_read == x.nbytes + 2 * 2 * 3 * cos.nbytes
 
 
-def test_threads_past_the_last_pair_do_nothing():
-    """Mutant 701: without the guard they touch what is not theirs."""
+class Mutant(NamedTuple):
+    without: str
+    killer: str
+
+
+MUTANTS = {701: Mutant("a thread after the last pair does nothing", RACE)}
+
+
+@pytest.mark.parametrize("number", MUTANTS)
+def test_a_mutant_is_killed(number):
     x, cos, sin = inputs((2, 3, 5, 34), torch.float32, False)
-    with pytest.raises(emulate.EmulationError, match="writes global memory that thread"):
-        run(x, cos, sin, mutant=701)
+    check_killed(number, MUTANTS[number].killer, lambda machine: run(x, cos, sin, machine), library())
 
 
 def test_odd_features_are_refused():
     x, cos, sin = inputs((1, 1, 2, 4), torch.float32, False)
     with pytest.raises(ValueError, match="does not take this shape"):
-        run(x[..., :3], cos, sin)
+        run(x[..., :3], cos, sin, emulate.Machine(path=library()))

@@ -1,36 +1,19 @@
-"""Does the emulated suite notice when a line of an attention kernel is left out?
+"""Does the emulated suite notice when a line of an attention kernel is left out?"""
 
-Each `kept(number)` in csrc/cuda is one trial; `python tests/ops/test_mutants.py` writes the table of all of them,
-csrc/cuda/MUTANTS.md.
-"""
-
-import re
-from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from attention_cases import CASES, ODD_SIZES, Case, check_backward, check_forward
+from mutants import CONFLICTS, DEADLOCK, IN_FLIGHT, MULTIPLYING, NEEDLESS, OUTSIDE, RACE, RULE, WRONG, check_killed
 
 from minillm.ops import emulate
-from minillm.ops.build_plan import SOURCES
 
-HEADERS = ("tiles.cuh", "tensor_cores.cuh", "swizzled.cuh", "backward.cuh")
-FILES = [*sorted((SOURCES / "cuda").glob("attention*.cu*")), *(SOURCES / "cuda" / name for name in HEADERS)]
-PAGE = SOURCES / "cuda" / "MUTANTS.md"
-KILLERS = {
-    "wrong numbers": "the result is not that of the formula in float64",
-    "race": "two threads touch the same memory, and no barrier lies between",
-    "memory outside every tensor": "global memory is read or written past the end of a tensor",
-    "copy under way": "shared memory is used before an asynchronous copy to it was waited for",
-    "needless reads": "the result is right, but more bytes are read than need be",
-    "bank conflicts": "the result is right, but the rows that ldmatrix reads at once lie in the same banks",
-}
-WRONG, RACE, OUTSIDE, IN_FLIGHT, NEEDLESS, CONFLICTS = KILLERS
-REPORTS = {RACE: "race:", OUTSIDE: "outside every tensor", IN_FLIGHT: "copy to it is under way"}
 ALL_CASES = CASES | ODD_SIZES | {
     "decode": Case(B=2, H=4, G=4, S=70, K=40, padding="all of a row"),
+    "tiles in turn": Case(T=20, S=520, K=64),
     "decode of groups": Case(B=2, H=6, G=2, S=130, K=40, padding="left"),
 }  # fmt: skip
 
@@ -80,6 +63,13 @@ MUTANTS = {
     61: Mutant("queries before a block of keys are not loaded", NEEDLESS, "backward v1", "padding left"),
     62: Mutant("queries whose window lies after a block of keys are not loaded", NEEDLESS, "backward v1", "window"),
     63: Mutant("a warp after the last query does nothing", OUTSIDE, "backward v1"),
+    # hopper.cuh
+    71: Mutant("a tile begins where the swizzle's pattern does", RULE, "v5"),
+    72: Mutant("the tensor cores know of the swizzle", RULE, "v5"),
+    # boxes.cuh
+    81: Mutant("8 rows of features lie 1024 bytes apart", WRONG, "v5", "two tiles"),
+    82: Mutant("64 columns lie a box apart", WRONG, "v5", "two tiles"),
+    83: Mutant("8 rows of columns lie 1024 bytes apart", WRONG, "v5", "two tiles"),
     # attention_v1.cu
     101: Mutant("a thread after the last query does nothing", OUTSIDE, "v1"),
     102: Mutant("the largest score is taken off", WRONG, "v1"),
@@ -101,6 +91,26 @@ MUTANTS = {
     401: Mutant("the two buffers take turns", WRONG, "v4", "one query, many keys"),
     402: Mutant("wait: a tile is not used before its copies have landed", IN_FLIGHT, "v4"),
     403: Mutant("barrier: nor before those of the other threads have", RACE, "v4"),
+    # attention_v5.cu
+    451: Mutant("the two buffers take turns", RULE, "v5", "tiles in turn"),
+    452: Mutant("no more bytes are expected than come", DEADLOCK, "v5"),
+    453: Mutant("wait: a tile is not replaced before all have used it", RULE, "v5", "tiles in turn"),
+    454: Mutant("the first tiles replace none", DEADLOCK, "v5"),
+    455: Mutant("no fewer bytes are expected than come", RULE, "v5"),
+    456: Mutant("bytes are expected before they come", RULE, "v5"),
+    457: Mutant("wait: the queries are not multiplied before they are there", RACE, "v5"),
+    458: Mutant("wait: nor the keys", IN_FLIGHT, "v5"),
+    459: Mutant("fence: the scores' registers are free before they are multiplied into", RULE, "v5"),
+    460: Mutant("the products of the scores are a group that can be waited for", MULTIPLYING, "v5"),
+    461: Mutant("wait: the scores are not read before they are there", MULTIPLYING, "v5"),
+    462: Mutant("wait: the values are not multiplied before they are there", IN_FLIGHT, "v5"),
+    463: Mutant("fence: the weights are in their registers before they are multiplied", RULE, "v5"),
+    464: Mutant("the products of the output are a group that can be waited for", MULTIPLYING, "v5"),
+    465: Mutant("wait: the output is not used before it is there", MULTIPLYING, "v5"),
+    466: Mutant("a buffer that all have used is free", DEADLOCK, "v5", "tiles in turn"),
+    467: Mutant("fence: the copy engine sees the mbarriers", RULE, "v5"),
+    468: Mutant("barrier: nobody comes to an mbarrier before it is made", RACE, "v5"),
+    469: Mutant("each use of a buffer is another phase", RULE, "v5", "tiles in turn"),
     # attention_backward_v1.cu
     501: Mutant("rows after the last are not written", OUTSIDE, "backward v1"),
     502: Mutant("features after the last are not written", OUTSIDE, "backward v1"),
@@ -139,43 +149,8 @@ MUTANTS = {
 }
 
 
-def in_the_sources() -> dict[int, str]:
-    """The number of each mutant of attention's kernels -> the file where it stands."""
-    found = {}
-    for file in FILES:
-        for number in re.findall(r"kept\((\d+)\)", file.read_text()):
-            assert found.setdefault(int(number), file.name) == file.name, f"two files have a mutant {number}"
-    return found
-
-
-def page() -> str:
-    counts = Counter(mutant.killer for mutant in MUTANTS.values())
-    rows = [
-        f"| {number} | `{file}` | {MUTANTS[number].without} | {MUTANTS[number].killer} | {MUTANTS[number].stage} |"
-        for number, file in sorted(in_the_sources().items())
-    ]
-    lines = [
-        "# What the attention kernels cannot do without",
-        "",
-        f"Each `kept(number)` guards a barrier, a bound, a wait or a rescaling: {len(rows)} in all. On the",
-        "emulated GPU each is left out in turn, and a check must notice. Try one yourself:",
-        "",
-        '    emulate.attention(q, k, v, stage="v2", machine=emulate.Machine(mutant=202))',
-        "",
-        *(f"- *{killer}* ({counts[killer]}): {meaning}" for killer, meaning in KILLERS.items()),
-        "",
-        "This page is written by `python tests/ops/test_mutants.py`.",
-        "",
-        "| number | file | what is left out | noticed by | in |",
-        "| ---: | --- | --- | --- | --- |",
-        *rows,
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def attempt(case: Case, stage: str, number: int) -> emulate.Machine:
-    """Run the kernels of `stage` without line `number`, and check the numbers."""
-    machine = emulate.Machine(mutant=number)
+def attempt(case: Case, stage: str, machine: emulate.Machine) -> None:
+    """Run the kernels of `stage`, and check the numbers."""
     q, k, v, grad = case.tensors(torch.bfloat16)
     given = {"keys": case.keys(), **case.rules()}
     if stage in ("backward v1", "backward v2"):
@@ -187,7 +162,6 @@ def attempt(case: Case, stage: str, number: int) -> emulate.Machine:
         check_forward(case, q, k, v, *emulate.attention_decode(q, k, v, splits=3, machine=machine, **given))
     else:
         check_forward(case, q, k, v, *emulate.attention(q, k, v, stage=stage, machine=machine, **given))
-    return machine
 
 
 @pytest.mark.parametrize("number", MUTANTS)
@@ -195,34 +169,4 @@ def test_a_mutant_is_killed(number):
     _, killer, stage, name = MUTANTS[number]
     case = replace(ALL_CASES[name], H=ALL_CASES[name].G)  # fewer heads are as good, but in decoding
     case = ALL_CASES[name] if stage == "decode" else case
-    normal = attempt(case, stage, 0)
-    assert not normal.reached_mutant
-    if killer in REPORTS:
-        with pytest.raises(emulate.EmulationError, match=REPORTS[killer]):
-            attempt(case, stage, number)
-    elif killer == WRONG:
-        with pytest.raises(AssertionError):
-            attempt(case, stage, number)
-    else:
-        mutant = attempt(case, stage, number)
-        counted = {NEEDLESS: "global_read", CONFLICTS: "conflicts"}[killer]
-        assert mutant.reached_mutant and getattr(mutant.counts, counted) > getattr(normal.counts, counted)
-
-
-def test_every_line_that_could_be_left_out_is_on_trial():
-    assert sorted(in_the_sources()) == sorted(MUTANTS)
-
-
-def test_every_barrier_and_wait_is_on_trial():
-    for file in FILES:
-        for line in file.read_text().splitlines():
-            if re.search(r"__syncthreads|__syncwarp|wait_for_copies", line):
-                assert "kept(" in line, f"{file.name}: {line.strip()}"
-
-
-def test_the_page_is_current():
-    assert PAGE.read_text() == page(), "run: python tests/ops/test_mutants.py"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page())
+    check_killed(number, killer, partial(attempt, case, stage))

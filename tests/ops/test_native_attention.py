@@ -257,3 +257,15 @@ def test_auto_leaves_small_calls_to_torch():
         assert not op.runs_natively(q, k[:, :, :90], v[:, :, :90], causal=True)
     with ops.use_backend("native"):
         assert op.runs_natively(*small, causal=True)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_the_log_sum_exp_is_that_of_the_keys_seen_and_minus_infinity_of_none(T):
+    q, k, v = inputs((2, 4, 2, T, 37, 24))
+    keys = torch.rand(2, 37) > 0.5
+    keys[0] = False
+    _, lse = torch.ops.minillm.attention(q, k, v, keys, False, 0, 0, 0.3)
+    scores = 0.3 * q.double() @ k.double().repeat_interleave(2, 1).mT
+    expected = scores.masked_fill(~keys[:, None, None], -torch.inf).logsumexp(-1)
+    assert expected[0].isneginf().all()
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-5, atol=1e-5)

@@ -173,6 +173,21 @@ def test_compiled_without_a_break():
         torch.testing.assert_close(*(torch.autograd.grad(t.sum(), a) for t in (ours, expected)))
 
 
+def test_autocast():
+    """x and the factors are cast, as PyTorch's products would; a base that returns float32 is PyTorch's."""
+    arguments = inputs([1, -1, 0, 1], 3, 12, 7)
+    y, x, a, b, rows, scale = (t.requires_grad_() if t.is_floating_point() else t for t in arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = native(y.bfloat16(), x, a, b, rows, scale)
+        with pytest.raises(ValueError, match="autocast to bfloat16 of a layer that returns float32"):
+            native(y, x, a, b, rows, scale)
+    truth = by_hand(y, x, a, b, rows, scale)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), truth, rtol=2**-5, atol=0.3)
+    pairs = [torch.autograd.grad(t.sum(), (x, a, b, scale)) for t in (out, truth)]
+    torch.testing.assert_close(*pairs, rtol=2**-4, atol=0.5)
+
+
 def test_what_no_kernel_takes():
     y, x, a, b, rows, scale = inputs([1, -1], 3, 12, 7)
     for wrong in (4, -2):

@@ -68,3 +68,12 @@ def test_what_no_kernel_takes():
                 ops.rope(*arguments)
     with pytest.raises(RuntimeError, match="minillm kernels: tables"):
         torch.ops.minillm.rope(x, cos[:2].contiguous(), sin[:2].contiguous())
+
+
+def test_each_feature_has_a_cosine_and_a_sine_of_its_own():
+    """The two halves of our own tables differ in signs alone; a kernel that read one half twice would not be seen."""
+    x, cos, sin = torch.randn(2, 3, 5, 70), torch.randn(5, 70), torch.randn(5, 70)
+    with ops.use_backend("reference"):
+        expected = ops.rope(x.double(), cos.double(), sin.double())
+    with ops.use_backend("native"):
+        torch.testing.assert_close(ops.rope(x, cos, sin).double(), expected, rtol=1e-5, atol=1e-5)

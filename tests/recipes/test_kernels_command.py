@@ -6,7 +6,7 @@ from minillm.ops.build import obstacle
 
 
 @pytest.mark.skipif(bool(obstacle("emulated")), reason=obstacle("emulated"))
-@pytest.mark.parametrize("stage", ["v1", "v2", "v3", "v4"])
+@pytest.mark.parametrize("stage", ["v1", "v2", "v3", "v4", "v5"])
 def test_emulate_runs_a_kernel_and_says_whether_it_is_right(cli, stage):
     code, out, _ = cli("kernels", "emulate", "attention", "--stage", stage, "--queries", "20", "--keys", "40")
     assert code == 0 and out.startswith(f"attention {stage}: 20 queries, 40 keys")

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -18,6 +19,7 @@
 #include "attention_decode.h"
 #include "linear.h"
 #include "lora.h"
+#include "lora_linear.h"
 #include "nf4.h"
 #include "norm.h"
 #include "rope.h"
@@ -34,6 +36,8 @@ void minillm_cpu_rms_norm(const RmsNorm*);
 void minillm_cpu_linear(const Linear*);
 void minillm_cpu_lora_gather(const LoraGather*);
 void minillm_cpu_lora_gather_backward(const LoraGatherGrad*);
+void minillm_cpu_lora_linear(const LoraLinear*);
+void minillm_cpu_lora_linear_backward(const LoraLinearGrad*);
 void minillm_cpu_nf4_quantize(const Nf4Quantize*);
 void minillm_cpu_nf4_dequantize(const Nf4Dequantize*);
 void minillm_cpu_nf4_linear(const Nf4Linear*);
@@ -43,6 +47,14 @@ int minillm_attention_forward(const Attention*, int stage, void* stream);
 int minillm_attention_backward(const AttentionGrad*, int stage, void* stream);
 int minillm_attention_decode(const AttentionDecode*, int stage, void* stream);
 int minillm_rope(const Rope*, int stage, void* stream);
+int minillm_linear(const Linear*, int stage, void* stream);
+int minillm_nf4_quantize(const Nf4Quantize*, int stage, void* stream);
+int minillm_nf4_dequantize(const Nf4Dequantize*, int stage, void* stream);
+int minillm_nf4_linear(const Nf4Linear*, int stage, void* stream);
+int minillm_lora_gather(const LoraGather*, int stage, void* stream);
+int minillm_lora_gather_backward(const LoraGatherGrad*, int stage, void* stream);
+int minillm_lora_linear(const LoraLinear*, int stage, void* stream);
+int minillm_lora_linear_backward(const LoraLinearGrad*, int stage, void* stream);
 // Weak: where torch has no CUDA the symbol is absent, and the library must load all the same.
 __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
@@ -122,12 +134,25 @@ Attention attention_call(const Tensor& q, const Tensor& k, const Tensor& v, cons
 }
 
 #ifdef MINILLM_CUDA
+// Whether the CUDA kernels run a call. Where they are emulated, for tests of this file, its tensors are the processor's.
+bool on_gpu([[maybe_unused]] const Tensor& x) {
+#ifdef MINILLM_EMULATED
+  return true;
+#else
+  return x.is_cuda();
+#endif
+}
+
 // Runs a launcher on x's device, in torch's current stream, and turns its cudaError into an exception.
 template <class Call>
 void launch(const Tensor& x, const char* name, int (*launcher)(const Call*, int, void*), const Call& call, int stage) {
+#ifdef MINILLM_EMULATED
+  void* stream = nullptr;
+#else
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+#endif
   const int error = launcher(&call, stage, stream);
   require(error != 1, std::string(name) + ": stage " + std::to_string(stage) + " does not take these shapes or types");
   require(error == 0, std::string(name) + ": the GPU reports cudaError " + std::to_string(error));
@@ -257,6 +282,15 @@ std::vector<int64_t> sizes_with(const Tensor& x, int64_t features) {
 
 const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
 
+// What a kernel reads beside x; torch looks at one tensor only when it chooses the device.
+void beside(const Tensor& x, const Tensor& other) {
+  if (other.is_cuda() != x.is_cuda() || other.get_device_index() != x.get_device_index())
+    require(false, "all tensors on one device");
+}
+void beside(const Tensor& x, const std::optional<Tensor>& other) {
+  if (other) beside(x, *other);
+}
+
 // A vector beside the outputs of a linear layer.
 void check_bias(const std::optional<Tensor>& bias, ScalarType type, int64_t count) {
   if (bias && (bias->dim() != 1 || bias->size(0) != count || bias->scalar_type() != type || !bias->is_contiguous()))
@@ -264,7 +298,7 @@ void check_bias(const std::optional<Tensor>& bias, ScalarType type, int64_t coun
 }
 
 Linear linear_call(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {
-  adjacent(weight, 2);
+  adjacent(weight, 2), beside(x, weight), beside(x, bias);
   const Matrix rows(x);
   Linear call{};
   call.x = x.const_data_ptr(), call.weight = weight.const_data_ptr(), call.bias = data_of(bias);
@@ -280,6 +314,12 @@ Linear linear_call(const Tensor& x, const Tensor& weight, const std::optional<Te
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   Tensor y = empty(x, sizes_with(x, weight.size(0)), x.scalar_type());
   const Linear call = linear_call(x, weight, bias, y);
+#ifdef MINILLM_CUDA
+  if (x.is_cuda()) {
+    launch(x, "linear", minillm_linear, call, 0);
+    return y;
+  }
+#endif
   minillm_cpu_linear(&call);
   return y;
 }
@@ -325,9 +365,10 @@ LoraGather gather_call(const Tensor& x, const Tensor& a, const Tensor& b, const 
   };
   call.rows = numbers(rows, call.B), call.ranks = numbers(ranks, call.N);
   if (!rows && call.N != call.B) require(false, "as many adapters as rows, or `rows`");
-  for (int64_t i = 0; call.rows && i < call.B; ++i)
+  const bool readable = !x.is_cuda();  // else the kernel checks them: reading here would wait for the GPU
+  for (int64_t i = 0; readable && call.rows && i < call.B; ++i)
     if (call.rows[i] < -1 || call.rows[i] >= call.N) require(false, "rows: -1, or the number of an adapter");
-  for (int64_t n = 0; call.ranks && n < call.N; ++n)
+  for (int64_t n = 0; readable && call.ranks && n < call.N; ++n)
     if (call.ranks[n] < 0 || call.ranks[n] > call.R) require(false, "ranks: 0 .. R");
   if (scale && (scale->scalar_type() != ScalarType::Float || scale->dim() != 1 || scale->size(0) != call.N ||
                 !scale->is_contiguous()))
@@ -337,12 +378,19 @@ LoraGather gather_call(const Tensor& x, const Tensor& a, const Tensor& b, const 
 }
 
 std::tuple<Tensor, Tensor> lora_gather(Tensor y, Tensor x, Tensor a, Tensor b, std::optional<Tensor> rows,
-                                       std::optional<Tensor> ranks, std::optional<Tensor> scale) {
+                                       std::optional<Tensor> ranks, std::optional<Tensor> scale,
+                                       [[maybe_unused]] int64_t stage) {
   const int64_t B = x.size(0), T = x.size(1);
   Tensor out = empty(y, {B, T, b.size(1)}, y.scalar_type()), u = empty(y, {B, T, a.size(1)}, ScalarType::Float);
   LoraGather call = gather_call(x, a, b, rows, ranks, scale, u);
   call.y = rows_of(y, B, T, call.Dout), call.out = rows_of(out, B, T, call.Dout);
   if (dtype_of(y) != call.dtype) require(false, "x and y of one type");
+#ifdef MINILLM_CUDA
+  if (on_gpu(x)) {
+    launch(x, "lora_gather", minillm_lora_gather, call, stage);
+    return {out, u};
+  }
+#endif
   minillm_cpu_lora_gather(&call);
   return {out, u};
 }
@@ -351,7 +399,7 @@ std::tuple<Tensor, Tensor> lora_gather(Tensor y, Tensor x, Tensor a, Tensor b, s
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_gather_backward(Tensor grad, Tensor x, Tensor a, Tensor b,
                                                                 std::optional<Tensor> rows, std::optional<Tensor> ranks,
                                                                 std::optional<Tensor> scale, Tensor u, bool need_x,
-                                                                bool need_factors) {
+                                                                bool need_factors, [[maybe_unused]] int64_t stage) {
   LoraGatherGrad call{};
   call.forward = gather_call(x, a, b, rows, ranks, scale, u);
   const int64_t B = call.forward.B, T = call.forward.T, N = call.forward.N, R = call.forward.R;
@@ -369,20 +417,110 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_gather_backward(Tensor grad, Ten
     call.grad_scale = static_cast<float*>(grad_scale.mutable_data_ptr());
   }
   call.v = static_cast<float*>(v.mutable_data_ptr());
+#ifdef MINILLM_CUDA
+  if (on_gpu(x)) {
+    launch(x, "lora_gather_backward", minillm_lora_gather_backward, call, stage);
+    return {grad_x, grad_a, grad_b, grad_scale};
+  }
+#endif
   minillm_cpu_lora_gather_backward(&call);
   return {grad_x, grad_a, grad_b, grad_scale};
+}
+
+LoraLinear lora_call(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& u, double scale, double dropout,
+                     const std::optional<Tensor>& seed) {
+  for (const Tensor* matrix : {&x, &a, &b, &u}) adjacent(*matrix, 2);
+  LoraLinear call{};
+  call.x = x.const_data_ptr(), call.u = static_cast<float*>(u.mutable_data_ptr());
+  call.a = a.const_data_ptr(), call.b = b.const_data_ptr();
+  call.x_row = x.stride(0), call.a_row = a.stride(0), call.b_row = b.stride(0);
+  call.dtype = dtype_of(x), call.factor_dtype = dtype_of(a), call.scale = scale;
+  call.M = x.size(0), call.Din = x.size(1), call.Dout = b.size(0), call.R = a.size(0);
+  if (dtype_of(b) != call.factor_dtype || (call.dtype == FLOAT32 && call.factor_dtype != FLOAT32) ||
+      a.size(1) != call.Din || b.size(1) != call.R || u.size(0) != call.M || u.size(1) != call.R)
+    require(false, "x (M, Din), A (R, Din) and B (Dout, R) of one type, which is float32 unless x is bfloat16");
+  require(dropout >= 0 && dropout < 1 && (dropout == 0 || seed), "a dropout of 0 to 1, and above 0 its seed");
+  call.dropout = std::nearbyint(dropout * 16777216) / 16777216;  // as ops/dropout.py rounds it
+  if (seed) {
+    require(seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && !seed->is_cuda(),
+            "a seed of int64 on the CPU");
+    const uint64_t bits = *static_cast<const int64_t*>(seed->const_data_ptr());
+    call.seed[0] = uint32_t(bits), call.seed[1] = uint32_t(bits >> 32);
+  }
+  return call;
+}
+
+// Rows (M, features) of the type of the call's x.
+const void* lora_rows(const LoraLinear& call, const Tensor& x, int64_t features, int64_t& row) {
+  adjacent(x, 2);
+  if (x.size(0) != call.M || x.size(1) != features || dtype_of(x) != call.dtype)
+    require(false, "x (M, Din), y and its gradient (M, Dout), of one type");
+  row = x.stride(0);
+  return x.const_data_ptr();
+}
+
+std::tuple<Tensor, Tensor> lora(Tensor y, Tensor x, Tensor a, Tensor b, double scale, double dropout,
+                                std::optional<Tensor> seed, [[maybe_unused]] int64_t stage) {
+  adjacent(x, 2), adjacent(y, 2);
+  Tensor out = empty(y, {y.size(0), y.size(1)}, y.scalar_type()), u = empty(y, {x.size(0), a.size(0)}, ScalarType::Float);
+  LoraLinear call = lora_call(x, a, b, u, scale, dropout, seed);
+  call.y = lora_rows(call, y, call.Dout, call.y_row);
+  call.out = out.mutable_data_ptr(), call.out_row = call.Dout;
+#ifdef MINILLM_CUDA
+  if (on_gpu(x)) {
+    launch(x, "lora", minillm_lora_linear, call, stage);
+    return {out, u};
+  }
+#endif
+  minillm_cpu_lora_linear(&call);
+  return {out, u};
+}
+
+// What is not wanted is an empty tensor. `base`: the gradient of x by the base layer, to which that of the update is
+// added.
+std::tuple<Tensor, Tensor, Tensor> lora_backward(Tensor grad, std::optional<Tensor> base, Tensor x, Tensor a, Tensor b,
+                                                 Tensor u, double scale, double dropout, std::optional<Tensor> seed,
+                                                 bool need_x, bool need_a, bool need_b,
+                                                 [[maybe_unused]] int64_t stage) {
+  LoraLinearGrad call{};
+  LoraLinear& forward = call.forward = lora_call(x, a, b, u, scale, dropout, seed);
+  const int64_t M = forward.M, R = forward.R, Din = forward.Din, Dout = forward.Dout;
+  Tensor grad_x = empty(x, {need_x ? M : 0, Din}, x.scalar_type()), v = empty(x, {M, R}, ScalarType::Float);
+  Tensor grad_a = empty(a, {need_a ? R : 0, Din}, a.scalar_type());
+  Tensor grad_b = empty(b, {need_b ? Dout : 0, R}, b.scalar_type());
+  call.grad = lora_rows(forward, grad, Dout, call.grad_row);
+  if (base) call.base = lora_rows(forward, *base, Din, call.base_row);
+  if (need_x) call.grad_x = grad_x.mutable_data_ptr(), call.grad_x_row = Din;
+  if (need_a) call.grad_a = grad_a.mutable_data_ptr();
+  if (need_b) call.grad_b = grad_b.mutable_data_ptr();
+  call.v = static_cast<float*>(v.mutable_data_ptr()), call.parts = 1;
+#ifdef MINILLM_CUDA
+  if (on_gpu(x)) {
+    // The sums over the rows are cut into parts, as many as give a GPU some 500 blocks of 64 features, 64 rows or more.
+    const int64_t narrow = std::max<int64_t>(std::min(Din, Dout), 1), wide = std::max(Din, Dout);
+    call.parts = std::clamp<int64_t>(std::min(32768 / narrow, M / 64), 1, 1024);
+    Tensor room = empty(x, {call.parts > 1 ? call.parts : 0, R, wide}, ScalarType::Float);
+    call.room = static_cast<float*>(room.mutable_data_ptr());
+    launch(x, "lora_backward", minillm_lora_linear_backward, call, stage);
+    return {grad_x, grad_a, grad_b};
+  }
+#endif
+  minillm_cpu_lora_linear_backward(&call);
+  return {grad_x, grad_a, grad_b};
 }
 
 Nf4 nf4_weight(const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& absmax2,
                const std::optional<Tensor>& offset, const Tensor& book, const std::optional<Tensor>& book8,
                int64_t count) {
-  const auto floats = [](const Tensor& x, int64_t least) {
+  const auto floats = [&](const Tensor& x, int64_t least) {
+    beside(codes, x);
     if (x.scalar_type() != ScalarType::Float || !x.is_contiguous() || x.numel() < least)
       require(false, "scales and code books of float32, side by side in memory");
     return static_cast<const float*>(x.const_data_ptr());
   };
   if (codes.scalar_type() != ScalarType::Byte || codes.dim() != 2 || !codes.is_contiguous() || !absmax.is_contiguous())
     require(false, "codes (blocks, block / 2) and scales, side by side in memory");
+  beside(codes, absmax);
   const int64_t blocks = codes.size(0), block = 2 * codes.size(1);
   if (count > blocks * block || absmax.numel() != blocks) require(false, "codes and scales for all weights");
   Nf4 w{};
@@ -403,6 +541,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor weight, Tensor book, int64_t bloc
   if (!weight.is_contiguous() || block < 2 || block % 2 || book.scalar_type() != ScalarType::Float ||
       book.numel() != 512 || !book.is_contiguous())
     require(false, "a weight that lies side by side in memory, an even block, and the book (256, 2)");
+  beside(weight, book);
   Tensor codes = empty(weight, {blocks, block / 2}, ScalarType::Byte);
   Tensor absmax = empty(weight, {blocks}, ScalarType::Float);
   const Nf4Quantize call{weight.const_data_ptr(),
@@ -412,6 +551,12 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor weight, Tensor book, int64_t bloc
                          count,
                          dtype_of(weight),
                          int32_t(block)};
+#ifdef MINILLM_CUDA
+  if (weight.is_cuda()) {
+    launch(weight, "nf4_quantize", minillm_nf4_quantize, call, 0);
+    return {codes, absmax};
+  }
+#endif
   minillm_cpu_nf4_quantize(&call);
   return {codes, absmax};
 }
@@ -421,6 +566,12 @@ Tensor nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> absmax2
   Tensor out = empty(codes, {Dout, Din}, dtype);
   const Nf4Dequantize call{nf4_weight(codes, absmax, absmax2, offset, book, book8, Dout * Din), out.mutable_data_ptr(),
                            dtype_of(out)};
+#ifdef MINILLM_CUDA
+  if (codes.is_cuda()) {
+    launch(codes, "nf4_dequantize", minillm_nf4_dequantize, call, 0);
+    return out;
+  }
+#endif
   minillm_cpu_nf4_dequantize(&call);
   return out;
 }
@@ -431,11 +582,18 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> a
   const Matrix rows(x);
   const int64_t Din = x.size(x.dim() - 1);
   check_bias(bias, x.scalar_type(), Dout);
+  beside(x, codes), beside(x, bias);
   Nf4Linear call{};
   call.weight = nf4_weight(codes, absmax, absmax2, offset, book, book8, Dout * Din);
   call.x = x.const_data_ptr(), call.bias = data_of(bias), call.y = y.mutable_data_ptr();
   call.x_row = rows.stride, call.y_row = Dout, call.dtype = dtype_of(x);
   call.M = rows.rows, call.Din = Din, call.Dout = Dout;
+#ifdef MINILLM_CUDA
+  if (x.is_cuda()) {
+    launch(x, "nf4_linear", minillm_nf4_linear, call, 0);
+    return y;
+  }
+#endif
   if (call.M) minillm_cpu_nf4_linear(&call);
   return y;
 }
@@ -451,10 +609,15 @@ STABLE_TORCH_LIBRARY(minillm, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> Tensor");
-  m.def("lora_gather(Tensor y, Tensor x, Tensor a, Tensor b, Tensor? rows, Tensor? ranks, Tensor? scale)"
+  m.def("lora(Tensor y, Tensor x, Tensor a, Tensor b, float scale, float dropout, Tensor? seed, int stage=0)"
+        " -> (Tensor out, Tensor u)");
+  m.def("lora_backward(Tensor grad, Tensor? base, Tensor x, Tensor a, Tensor b, Tensor u, float scale, float dropout,"
+        " Tensor? seed, bool need_x, bool need_a, bool need_b, int stage=0)"
+        " -> (Tensor grad_x, Tensor grad_a, Tensor grad_b)");
+  m.def("lora_gather(Tensor y, Tensor x, Tensor a, Tensor b, Tensor? rows, Tensor? ranks, Tensor? scale, int stage=0)"
         " -> (Tensor out, Tensor u)");
   m.def("lora_gather_backward(Tensor grad, Tensor x, Tensor a, Tensor b, Tensor? rows, Tensor? ranks, Tensor? scale,"
-        " Tensor u, bool need_x, bool need_factors)"
+        " Tensor u, bool need_x, bool need_factors, int stage=0)"
         " -> (Tensor grad_x, Tensor grad_a, Tensor grad_b, Tensor grad_scale)");
   m.def("nf4_quantize(Tensor weight, Tensor book, int block) -> (Tensor codes, Tensor absmax)");
   m.def("nf4_dequantize(Tensor codes, Tensor absmax, Tensor? absmax2, Tensor? offset, Tensor book, Tensor? book8,"
@@ -470,6 +633,8 @@ STABLE_TORCH_LIBRARY_IMPL(minillm, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("lora_linear", TORCH_BOX(&lora_linear));
+  m.impl("lora", TORCH_BOX(&lora));
+  m.impl("lora_backward", TORCH_BOX(&lora_backward));
   m.impl("lora_gather", TORCH_BOX(&lora_gather));
   m.impl("lora_gather_backward", TORCH_BOX(&lora_gather_backward));
   m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
@@ -482,5 +647,13 @@ STABLE_TORCH_LIBRARY_IMPL(minillm, CUDA, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("rope", TORCH_BOX(&rope));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
+  m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
+  m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
+  m.impl("lora", TORCH_BOX(&lora));
+  m.impl("lora_backward", TORCH_BOX(&lora_backward));
+  m.impl("lora_gather", TORCH_BOX(&lora_gather));
+  m.impl("lora_gather_backward", TORCH_BOX(&lora_gather_backward));
 }
 #endif

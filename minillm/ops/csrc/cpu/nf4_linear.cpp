@@ -19,7 +19,8 @@ constexpr int TILE_ROWS = 48, TILE_DEPTH = 128;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Whether rows begin with whole words, and the scales of a chunk's words are found by one shuffle.
+// Whether rows begin with whole words, and the scales of a chunk's words are found by one shuffle: a block is then a
+// power of two.
 bool regular(const Nf4Linear& call) {
   return LANES >= 8 && call.Din % 8 == 0 && call.weight.block % 8 == 0 && CHUNK % call.weight.block == 0;
 }
@@ -29,12 +30,15 @@ template <class T>
 std::vector<float> in_word_order(const Nf4Linear& call) {
   const int64_t width = round_up(call.Din, CHUNK);
   std::vector<float> x(call.M * width);
-  for (int m = 0; m < call.M; ++m)
-    for (int64_t k = 0; k < call.Din; ++k) {
-      const int64_t word = k % CHUNK / 8, shift = k % 8 ^ 1;
-      const T number = static_cast<const T*>(call.x)[m * call.x_row + k];
-      x[m * width + k / CHUNK * CHUNK + shift * LANES + word] = to_float(number);
+  for (int m = 0; m < call.M; ++m) {
+    const T* numbers = static_cast<const T*>(call.x) + m * call.x_row;
+    for (int64_t begin = 0; begin < call.Din; begin += CHUNK) {
+      float* to = x.data() + m * width + begin;
+      const int words = std::min<int64_t>(CHUNK, call.Din - begin) / 8;
+      for (int word = 0; word < words; ++word)
+        for (int i = 0; i < 8; ++i) to[(i ^ 1) * LANES + word] = to_float(numbers[begin + 8 * word + i]);
     }
+  }
   return x;
 }
 
@@ -61,20 +65,18 @@ void multiply_codes(const Nf4Linear& call, const Book& book, const Scales& all_s
   const int chunk_scales = CHUNK / w.block;
   const T* bias = static_cast<const T*>(call.bias);
   T* y = static_cast<T*>(call.y);
-  IntVec scale_of_word[RUNS] = {};  // a row may begin within a block
-  int into[RUNS];
-  std::fill_n(into, RUNS, -1);
+  const int block_bits = __builtin_ctz(w.block);
+  IntVec first_of_word;
+  for (int i = 0; i < LANES; ++i) first_of_word[i] = 8 * i;
   for (int64_t o = begin; o < begin + length; ++o) {
     const uint8_t* codes[RUNS];
     const float* scales[RUNS];
+    IntVec scale_of_word[RUNS];
     for (int r = 0; r < RUNS; ++r) {
       const int64_t start = (o + r * length) * call.Din;
       codes[r] = w.codes + start / 2;
-      scales[r] = all_scales.from(start);
-      if (const int now = start % w.block; into[r] != now) {
-        into[r] = now;
-        for (int i = 0; i < LANES; ++i) scale_of_word[r][i] = (now + 8 * i) / w.block;
-      }
+      scales[r] = all_scales.values.data() + ((start >> block_bits) - all_scales.first);
+      scale_of_word[r] = (first_of_word + int(start & (w.block - 1))) >> block_bits;  // a row may begin within a block
     }
     Vec sums[LANES] = {};
     const auto chunk = [&](int64_t k, auto words_at) {

@@ -6,10 +6,12 @@ int minillm_attention_v1(const Attention*, void*);
 int minillm_attention_v2(const Attention*, void*);
 int minillm_attention_v3(const Attention*, void*);
 int minillm_attention_v4(const Attention*, void*);
+int minillm_attention_v5(const Attention*, void*);
 int minillm_attention_backward_v1(const AttentionGrad*, void*);
 int minillm_attention_backward_v2(const AttentionGrad*, void*);
 
-// Runs stage 1 to 4, or for 0 the latest that takes this shape. 1 (cudaErrorInvalidValue): the stage does not take it.
+// Runs stage 1 to 5, or for 0 the latest that takes this shape, but not the fifth: it runs when it is asked for, until a
+// Hopper GPU has run it and told its time. 1 (cudaErrorInvalidValue): the stage does not take this shape or this GPU.
 int minillm_attention_forward(const Attention* a, int stage, void* stream) {
   switch (stage) {
     case 0: {
@@ -20,6 +22,7 @@ int minillm_attention_forward(const Attention* a, int stage, void* stream) {
     case 2: return minillm_attention_v2(a, stream);
     case 3: return minillm_attention_v3(a, stream);
     case 4: return minillm_attention_v4(a, stream);
+    case 5: return minillm_attention_v5(a, stream);
     default: return INVALID;
   }
 }

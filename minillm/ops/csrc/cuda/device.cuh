@@ -27,7 +27,8 @@ __device__ T& shared() {
   return *reinterpret_cast<T*>(minillm_shared);
 }
 
-// Every access of global memory goes through these, so that it can be counted.
+// Every access of global memory goes through these, so that it can be counted: numbers as floats, or any plain type
+// whole.
 inline __device__ float load(const float* from) { return *from; }
 inline __device__ float load(const bfloat16* from) { return __bfloat162float(*from); }
 inline __device__ bool load(const uint8_t* from) { return *from; }
@@ -35,7 +36,18 @@ inline __device__ uint4 load16(const void* from) { return *static_cast<const uin
 inline __device__ void store(float* to, float value) { *to = value; }
 inline __device__ void store(bfloat16* to, float value) { *to = __float2bfloat16(value); }
 inline __device__ void store_pair(bfloat16* to, uint32_t pair) { *reinterpret_cast<uint32_t*>(to) = pair; }
-inline __device__ void store16(bfloat16* to, uint4 value) { *reinterpret_cast<uint4*>(to) = value; }
+template <class T>
+__device__ T fetch(const T* from) {
+  return *from;
+}
+template <class T>
+__device__ void put(T* to, T value) {
+  *to = value;
+}
+inline __device__ void store16(bfloat16* to, uint4 value) { *reinterpret_cast<uint4*>(to) = value; }  // shared memory
+
+// Rounded after the product and after the sum, as PyTorch does it; nvcc would make one rounding of a * b + c.
+inline __device__ float multiply_then_add(float a, float b, float c) { return __fadd_rn(__fmul_rn(a, b), c); }
 
 // Two neighbouring bfloat16 in one register, as tensor cores want them.
 inline __device__ uint32_t pack(bfloat16 low, bfloat16 high) {

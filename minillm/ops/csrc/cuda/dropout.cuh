@@ -1,6 +1,7 @@
 // Dropout that is not stored: whether a number is dropped is computed from the seed and its place, and computed again,
 // with the same answer, in the backward pass. So nothing the size of the input is kept, and any kernel may ask for any
 // number in any order (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": a counter, mixed).
+// ops/dropout.py defines it, and cpu/dropout.h does the same.
 #pragma once
 #include "device.cuh"
 

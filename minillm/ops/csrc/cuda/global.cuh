@@ -1,44 +1,8 @@
-// Global memory in whole registers: any plain type, and eight neighbouring numbers at a time. device.cuh has the rest.
+// Eight neighbouring numbers of global memory at a time, in whole registers where they begin on 16 bytes.
 #pragma once
 #include <cstring>
 
 #include "device.cuh"
-
-#ifdef __CUDACC__
-
-template <class T>
-__device__ T fetch(const T* from) {
-  return *from;
-}
-template <class T>
-__device__ void put(T* to, T value) {
-  *to = value;
-}
-// Rounded after the product and after the sum, as PyTorch does it; nvcc would make one rounding of a * b + c.
-inline __device__ float multiply_then_add(float a, float b, float c) { return __fadd_rn(__fmul_rn(a, b), c); }
-
-#else
-
-#define __host__
-
-template <class T>
-T fetch(const T* from) {
-  if (sizeof(T) == 16) machine.check_aligned(from);
-  T value{};
-  bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(T) == 0;
-  if (aligned && machine.reach(from, sizeof(T), false)) std::memcpy(&value, from, sizeof(T));
-  return value;
-}
-template <class T>
-void put(T* to, T value) {
-  if (sizeof(T) == 16) machine.check_aligned(to);
-  bool byte = sizeof(T) == 1;  // two bytes side by side may have two writers, which the machine would call a race
-  if (byte) --machine.counts.global_read, ++machine.counts.global_written;
-  if (machine.reach(to, sizeof(T), !byte)) std::memcpy(to, &value, sizeof(T));
-}
-inline float multiply_then_add(float a, float b, float c) { return a * b + c; }
-
-#endif
 
 inline __device__ float float_of(uint32_t bits) {
   float value;

@@ -8,6 +8,8 @@
 // part in few multiplications, and the time is that of reading. One adapter for all is a batch of one row: so the same
 // kernels serve lora_linear.cu.
 #pragma once
+#include <cassert>
+
 #include "dropout.cuh"
 #include "global.cuh"
 #include "lora.h"
@@ -77,6 +79,7 @@ struct Adapter {
 };
 
 inline __device__ Adapter describe(const Thin& thin, int64_t n) {
+  assert(n >= -1 && n < thin.N);  // nobody looked before: a GPU would have to be waited for
   if (n < 0 && kept(1111)) return {0, 0, 0};
   int64_t rank = thin.ranks ? fetch(thin.ranks + n) : thin.R;
   return {n, static_cast<int>(rank), thin.scale ? load(thin.scale + n) : thin.one_scale};

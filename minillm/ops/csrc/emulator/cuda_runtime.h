@@ -1,16 +1,22 @@
 // Stands where CUDA's header of this name would: with this folder first in the include path, g++ compiles the .cu files
-// and the emulated GPU of machine.h runs them. Here are the words of CUDA that our kernels use.
+// and the emulated GPU of machine.h and what is built on it run them. Here are the words of CUDA that our kernels use.
 #pragma once
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 
 #include "cuda_bf16.h"
-#include "machine.h"
+#include "products.h"
 
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"  // unroll
 
+#undef assert  // a GPU's ends the kernel, not the program
+#define assert(claim) \
+  ((claim) ? void() : emulator::machine.fail("assertion failed at %s:%d: %s", __FILE__, __LINE__, #claim))
+
 #define __global__ static
 #define __device__
+#define __host__
 #define __forceinline__
 #define __launch_bounds__(...)
 

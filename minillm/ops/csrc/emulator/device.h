@@ -16,6 +16,8 @@ inline bool kept(int mutant) {
 // An element of shared memory: reading it and assigning to it are noted.
 template <class T>
 class __attribute__((visibility("default"))) Shared {
+  static_assert(sizeof(T) >= 2, "the emulated GPU watches shared memory two bytes at a time: let no thread write one");
+
  public:
   operator T() const { return machine.touch(&value_, sizeof(T), false) ? value_ : T{}; }
   Shared& operator=(T value) {
@@ -33,26 +35,42 @@ T& shared() {
   return *reinterpret_cast<T*>(machine.shared());
 }
 
-inline float load(const float* from) { return machine.reach(from, 4, false) ? *from : NAN; }
-inline float load(const bfloat16* from) { return machine.reach(from, 2, false) ? __bfloat162float(*from) : NAN; }
-inline bool load(const uint8_t* from) { return machine.reach(from, 1, false) && *from; }
-inline uint4 load16(const void* from) {
-  machine.check_aligned(from);
-  return machine.reach(from, 16, false) ? *static_cast<const uint4*>(from) : uint4{~0u, ~0u, ~0u, ~0u};
+// Any plain type, whole. What must not be read is all ones: of a floating point number, NaN.
+template <class T>
+T fetch(const T* from) {
+  T value;
+  std::memset(&value, 0xff, sizeof(T));
+  if (machine.reach(from, sizeof(T), false)) std::memcpy(&value, from, sizeof(T));
+  return value;
 }
-inline void store(float* to, float value) {
-  if (machine.reach(to, 4, true)) *to = value;
+template <class T>
+void put(T* to, T value) {
+  if (machine.reach(to, sizeof(T), true)) std::memcpy(to, &value, sizeof(T));
 }
-inline void store(bfloat16* to, float value) {
-  if (machine.reach(to, 2, true)) *to = __float2bfloat16(value);
+template <class T>
+T atomicAdd(T* to, T value) {
+  bool there = machine.reach(to, sizeof(T), false, true) && machine.reach(to, sizeof(T), true, true);
+  if (!there) return value;
+  T before = *to;
+  *to = before + value;
+  return before;
 }
-inline void store_pair(bfloat16* to, uint32_t pair) {
-  if (machine.reach(to, 4, true)) std::memcpy(static_cast<void*>(to), &pair, 4);
+template <class T>
+T atomicAdd(Shared<T>*, T) {
+  static_assert(!sizeof(T), "the emulated GPU knows atomics of global memory alone");
 }
+
+inline float load(const float* from) { return fetch(from); }
+inline float load(const bfloat16* from) { return __bfloat162float(fetch(from)); }
+inline bool load(const uint8_t* from) { return fetch(from); }
+inline uint4 load16(const void* from) { return fetch(static_cast<const uint4*>(from)); }
+inline void store(float* to, float value) { put(to, value); }
+inline void store(bfloat16* to, float value) { put(to, __float2bfloat16(value)); }
+inline void store_pair(bfloat16* to, uint32_t pair) { put(reinterpret_cast<uint32_t*>(to), pair); }
 inline void store16(Shared<bfloat16>* to, uint4 value) {
-  machine.check_aligned(to);
   if (machine.touch(to, 16, true)) std::memcpy(static_cast<void*>(to), &value, 16);
 }
+inline float multiply_then_add(float a, float b, float c) { return a * b + c; }
 
 inline uint32_t pack(float low, float high) {
   return __float2bfloat16(low).bits | uint32_t{__float2bfloat16(high).bits} << 16;

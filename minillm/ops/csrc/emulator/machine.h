@@ -67,6 +67,8 @@ void thread_entry();
 
 class Machine : public Memory {
  public:
+  virtual ~Machine() = default;
+
   // Settings, by the extern "C" functions of cuda_runtime.h.
   int schedule = IN_ORDER;  // in which the threads of a block take their turns
   unsigned seed = 0;
@@ -101,6 +103,7 @@ class Machine : public Memory {
     if (!meet(meeting_, 0, static_cast<int>(threads_.size()), place)) return;
     now_.epoch = ++epoch_, ++counts.barriers;
     barrier_ = place;
+    all_met();
     if (traced_) tell_phase(place);
   }
 
@@ -122,7 +125,6 @@ class Machine : public Memory {
 
   // Asynchronous copies of 16 bytes: they land only when waited for, as late as the hardware may.
   void copy_later(char* to, const char* from) {
-    check_aligned(to), check_aligned(from);
     if (!touch(to, 16, true) || (from && !reach(from, 16, false))) return;
     self().copies.push_back({to, from, self().group});
     start_copy(self().copies.back());
@@ -136,7 +138,14 @@ class Machine : public Memory {
     copies.erase(copies.begin(), copies.begin() + landed);
   }
 
- private:
+ protected:
+  // What async.h adds to the run of a block.
+  virtual void block_starts() {}
+  virtual void block_ends() {}
+  virtual void all_met() {}  // all threads, at a barrier
+  virtual void thread_leaves() {}
+  virtual bool something_lands() { return false; }  // asked when every thread waits
+
   void run_block(unsigned number) {
     blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
     ++counts.blocks, ++epoch_, broken_ = false, meeting_ = {};
@@ -149,8 +158,10 @@ class Machine : public Memory {
            blockIdx.z, gridDim.x, gridDim.y, gridDim.z, threads_.size(), shared_bytes());
       tell_header();
     }
+    block_starts();
     while (round()) {
     }
+    block_ends();
     if (traced_) tell_phase({"the end", 0});
   }
 
@@ -165,9 +176,12 @@ class Machine : public Memory {
 
   void shuffle() {
     for (size_t left = order_.size(); left > 1; --left) {
-      random_ = random_ * 1664525 + 1013904223;  // Knuth's; its upper half is random enough for an order
-      std::swap(order_[left - 1], order_[(random_ >> 16) % left]);
+      std::swap(order_[left - 1], order_[random() % left]);
     }
+  }
+  uint32_t random() {  // Knuth's; its upper half is random enough for an order
+    random_ = random_ * 1664525 + 1013904223;
+    return random_ >> 16;
   }
 
   // Lets every thread that can run do so until it waits or leaves; false when there is nothing more to run.
@@ -185,6 +199,7 @@ class Machine : public Memory {
       }
       waits = waits || thread.state == State::WAITING;
     }
+    if (!ran && waits && something_lands()) return true;
     if (!ran && waits) tell_deadlock();
     return ran;
   }
@@ -192,6 +207,7 @@ class Machine : public Memory {
   friend void thread_entry();
   void run_thread() {
     kernel_(context_);
+    thread_leaves();
     self().state = State::LEFT;
     self().fiber.enter(scheduler_);
   }
@@ -214,13 +230,17 @@ class Machine : public Memory {
     return true;
   }
 
-  void tell_deadlock() {
+  virtual void tell_deadlock() {
     const Thread *waiting = nullptr, *other = nullptr;
     for (const Thread& thread : threads_) {
       if (thread.state == State::WAITING && !waiting) waiting = &thread;
     }
     for (const Thread& thread : threads_) {
       if (thread.state == State::LEFT || !(thread.place == waiting->place)) other = &thread;
+    }
+    if (!other) {  // a barrier of the warp and one of the block, on one line
+      return fail("divergent barrier: thread %d waits at %s:%d, others at another barrier of this line",
+                  waiting->number, waiting->place.name(), waiting->place.line);
     }
     fail("divergent barrier: thread %d waits at %s:%d, but thread %d %s", waiting->number, waiting->place.name(),
          waiting->place.line, other->number, other->state == State::LEFT ? "has left the kernel" : "waits elsewhere");
@@ -239,10 +259,6 @@ class Machine : public Memory {
   bool traced_ = false;
   uint32_t epoch_ = 0;   // grows at each __syncthreads and each block
 };
-
-inline Machine machine;
-
-inline void thread_entry() { machine.run_thread(); }
 
 }  // namespace emulator
 
