@@ -77,7 +77,11 @@ class Async : public Mbarriers {
     auto land_chunk = [&](uint32_t offset, const char* from, int64_t begin, int64_t end) {
       char* to = copy.to + offset;
       std::memset(to, 0, CHUNK);
-      if (begin < end && reach(from, end - begin, false)) std::memcpy(to + begin, from, end - begin);
+      bool whole = end - begin == CHUNK && reinterpret_cast<uintptr_t>(from) % CHUNK == 0;
+      const int step = whole ? CHUNK : copy.map.element_bytes;  // the engine needs no alignment of its boxes' starts
+      for (int64_t byte = begin; byte < end; byte += step, from += step) {
+        if (reach(from, step, false)) std::memcpy(to + byte, from, step);
+      }
       chunks_[(to - shared()) / CHUNK].under_way = false;
       mark_in_flight(to, false);
     };
