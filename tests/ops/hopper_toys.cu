@@ -53,15 +53,15 @@ __global__ void product(Toy toy, int K, TensorMap of_a, TensorMap of_b) {
     return uint64_t(shared_address(start) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
            swizzle << 62;
   };
+  constexpr int UNUSED = 48;  // leading offset, where the swizzle says what it is
   float d[8][4];
   int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, t = lane % 4 * 2;
   machine.fence_registers();
   for (int k = 0; k < K; k += 16) {
-    auto number = [&](int r, int c) { return load(toy.a + r * K + k + c); };
-    uint32_t a[4] = {pack(number(row, t), number(row, t + 1)), pack(number(row + 8, t), number(row + 8, t + 1)),
-                     pack(number(row, t + 8), number(row, t + 9)), pack(number(row + 8, t + 8), number(row + 8, t + 9))};
-    uint64_t of_features = span ? bits(&memory.a[k], 16, 8 * span) : bits(&memory.a[64 * k], 64 * 16, 128);
-    uint64_t b = !toy.transposed ? (span ? bits(&memory.b[k], 16, 8 * span) : bits(&memory.b[64 * k], 64 * 16, 128))
+    auto two = [&](int r, int c) { return pack(load(toy.a + r * K + k + c), load(toy.a + r * K + k + c + 1)); };
+    uint32_t a[4] = {two(row, t), two(row + 8, t), two(row, t + 8), two(row + 8, t + 8)};
+    uint64_t of_features = span ? bits(&memory.a[k], UNUSED, 8 * span) : bits(&memory.a[64 * k], 64 * 16, 128);
+    uint64_t b = !toy.transposed ? (span ? bits(&memory.b[k], UNUSED, 8 * span) : bits(&memory.b[64 * k], 64 * 16, 128))
                  : span          ? bits(&memory.b[k * wide], K * span, 8 * span)
                                  : bits(&memory.b[k * 8], 128, K * 16);
     machine.start_product(d[0], 64, toy.registers ? a : nullptr, of_features, b, toy.transposed, k > 0, {"toys", 1});
@@ -71,7 +71,7 @@ __global__ void product(Toy toy, int K, TensorMap of_a, TensorMap of_b) {
   for (int e = 0; e < 32; ++e) store(toy.out + (row + e / 2 % 2 * 8) * 64 + e / 4 * 8 + t + e % 2, d[e / 4][e % 4]);
 }
 
-// One product by the rules; what `kept` guards can be left out, and what it does not can be done. out: d of each thread.
+// One product by the rules. What `kept` guards can be left out, and what `!kept` guards can be done. out: d[0][0].
 __global__ void by_the_rules(Toy toy, TensorMap map) {
   auto& memory = shared_from_1024<Memory>();
   bool asks = threadIdx.x == 0;
@@ -106,9 +106,10 @@ __global__ void by_the_rules(Toy toy, TensorMap map) {
   if (!kept(22)) d[1][1] += 1;
   if (kept(23)) wait_for_products(d);
   if (threadIdx.x % 32 == 0) arrive(memory.other);
-  if (!kept(24)) __syncthreads();
+  bool by_block = toy.registers;  // which barrier says that the products are over
+  if (by_block && kept(24)) __syncthreads();
   if (asks) {
-    if (kept(25)) wait(memory.other, 0);
+    if (!by_block && kept(25)) wait(memory.other, 0);
     arrive_and_expect(memory.here, bytes);
     start_copy(&memory.a[0], map, 0, 0, memory.here);
   }
@@ -139,11 +140,28 @@ __global__ void groups(Toy toy, TensorMap map) {
   uint64_t bits = descriptor(memory.a, 16, 1024);
   fence_registers(first);
   multiply_transposed_async(first, bits, bits, false), commit_products();
-  multiply_transposed_async(second, bits, bits, false), commit_products();
+  multiply_transposed_async(second, bits, bits, false);
+  multiply_transposed_async(second, bits, bits, false), commit_products();  // begins anew: not twice the first
   machine.wait_for_products(1, {"toys", 1});
   store(toy.out + threadIdx.x, first[0][0]), store(toy.out + 128 + threadIdx.x, second[0][0]);
   wait_for_products(second);
   store(toy.out + 256 + threadIdx.x, second[0][0]);
+}
+
+// Two copies, each with its mbarrier: who waited for one may not touch what the other brings.
+__global__ void another_copy(Toy toy, TensorMap map, bool writes) {
+  auto& memory = shared_from_1024<Memory>();
+  if (threadIdx.x == 0) init(memory.here, 1), init(memory.other, 1), announce_barriers();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    arrive_and_expect(memory.here, map.box_bytes()), start_copy(memory.a, map, 0, 0, memory.here);
+    arrive_and_expect(memory.other, map.box_bytes()), start_copy(memory.b, map, 0, 0, memory.other);
+  }
+  wait(memory.other, 0);
+  auto& touched = kept(1) ? memory.b : memory.a;
+  if (writes && threadIdx.x == 0) touched[7] = __float2bfloat16(1);
+  if (!writes) store(toy.out + threadIdx.x, __bfloat162float(touched[threadIdx.x]));
+  wait(memory.here, 0);
 }
 
 }  // namespace
@@ -161,7 +179,8 @@ extern "C" int toy(const Toy* toy, int number, int x, int y, void* stream) {
     return run(product, K, matrix(toy->a, 64, K, wide, span), matrix(toy->b, rows, columns, wide, span));
   }
   if (number == 2) return run(by_the_rules, square);
-  return number == 3 ? run(turns) : run(groups, square);
+  if (number == 3) return run(turns);
+  return number == 4 ? run(groups, square) : run(another_copy, square, x);
 }
 
 extern "C" void decode(uint64_t bits, int* to) {

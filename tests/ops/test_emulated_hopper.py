@@ -12,7 +12,7 @@ from minillm.ops import emulate
 from minillm.ops.build_plan import EMULATED, SOURCES
 from minillm.ops.compilers import find_cxx
 
-NAMES = ("placed", "product", "by_the_rules", "turns", "groups")
+NAMES = ("placed", "product", "by_the_rules", "turns", "groups", "another_copy")
 
 
 class Toy(ctypes.Structure):
@@ -63,7 +63,7 @@ def test_a_copy_is_swizzled_as_the_manual_draws_it(toys, span):
     assert (machine.counts.global_read, machine.counts.shared_written) == (16 * span, 16 * span)
 
 
-@pytest.mark.parametrize("column, row", [(0, 3), (0, -2), (16, 0), (-8, 5), (0, 16)])
+@pytest.mark.parametrize("column, row", [(0, 3), (0, -2), (16, 0), (-8, 5), (0, 16), (5, 0), (-3, -1)])
 def test_a_copy_is_zero_outside_the_tensor(toys, column, row):
     a = draw(16, 16) + 9
     out, machine = run(toys, "placed", span=32, a=a, x=column, y=row)
@@ -162,9 +162,19 @@ def test_what_must_not_be_done_is_reported(toys, mutant, message, schedule):
     run(toys, "by_the_rules")  # the machine goes on
 
 
+@pytest.mark.parametrize("schedule", emulate.SCHEDULES)
+@pytest.mark.parametrize("writes", [0, 1])
+def test_who_waits_for_one_copy_may_not_touch_another(toys, writes, schedule):
+    run(toys, "another_copy", x=writes, schedule=schedule)
+    message = "race: .* did not wait for the mbarrier of its copy|while an asynchronous copy to it is under way"
+    with pytest.raises(emulate.EmulationError, match=message):
+        run(toys, "another_copy", x=writes, schedule=schedule, mutant=1)
+
+
 def test_a_barrier_of_the_block_orders_products_and_copies_too(toys):
-    """Instead of the mbarrier: line 24 comes, line 25 goes. One mutant is left out at a time, so line 25 stays."""
-    run(toys, "by_the_rules", mutant=24)
+    run(toys, "by_the_rules", registers=1)
+    with pytest.raises(emulate.EmulationError, match="race: thread 0 of block 0 copies over byte"):
+        run(toys, "by_the_rules", registers=1, mutant=24)
 
 
 GOOD = {"rank": 4, "address": 64, "size": [64, 5, 3, 2, 1], "stride": [2, 128, 1024, 4096, 0], "box": [64, 8, 1, 1, 1]}

@@ -83,7 +83,7 @@ class Hopper : public Async {
   void finish(Underway& one, Products& mine) {
     Product& product = *one.product;
     int floats = product.columns / 2;
-    if (product.b.empty() && product.readable) product.read_factors([&](uint32_t address) { return number_at(address); });
+    if (product.b.empty() && product.readable) product.read_factors([&](uint32_t from) { return number_at(from); });
     if (!one.add) one.before.assign(floats, 0);
     product.add_to(one.before.data(), self().number);
     for (Underway& later : mine.under_way) {

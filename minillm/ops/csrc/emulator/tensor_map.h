@@ -1,7 +1,7 @@
 // The copy engine's view of a tensor, as cuTensorMapEncodeTiled makes it: its rules, and where each part of a box goes.
 #pragma once
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 namespace emulator {
 
@@ -42,22 +42,21 @@ struct TensorMap {
     return nullptr;
   }
 
-  // Calls visit(from, bytes, to) for each 16 bytes of the box whose first element is at `start`: of the 16 that follow
-  // `from`, `bytes` are the tensor's; they go `to` bytes behind the place in shared memory, whose address is `place`.
+  // Calls visit(to, from, begin, end) for each 16 bytes of the box whose first element is at `start`. They go to `to`
+  // bytes behind the address `place` in shared memory; bytes begin to end - 1 of them are the tensor's, at `from`.
   template <class Visit>
   void each_chunk(const int64_t (&start)[MAX_RANK], uint32_t place, Visit visit) const {
     int64_t at[MAX_RANK] = {}, elements = CHUNK / element_bytes;
     for (uint32_t to = 0; to < box_bytes(); to += CHUNK) {
-      bool inside = true;
-      int64_t bytes = (static_cast<int64_t>(size[0]) - start[0] - at[0]) * element_bytes;
-      const char* from = data;
-      for (int d = 0; d < rank; ++d) {
+      int64_t column = start[0] + at[0], row = column * element_bytes;
+      int64_t begin = std::clamp<int64_t>(-column, 0, elements) * element_bytes;
+      int64_t end = std::clamp<int64_t>(int64_t(size[0]) - column, 0, elements) * element_bytes;
+      for (int d = 1; d < rank; ++d) {
         int64_t index = start[d] + at[d];
-        inside = inside && index >= 0 && index < static_cast<int64_t>(size[d]);
-        from += inside ? index * static_cast<int64_t>(stride[d]) : 0;
+        row += index * int64_t(stride[d]);
+        if (index < 0 || index >= int64_t(size[d])) end = begin;
       }
-      bytes = inside ? bytes < CHUNK ? bytes : CHUNK : 0;
-      visit(from, static_cast<int>(bytes), swizzled(place + to, span) - place);
+      visit(swizzled(place + to, span) - place, data + row + begin, begin, end);
       at[0] += elements;
       for (int d = 0; d + 1 < rank && at[d] >= box[d]; ++d) at[d] = 0, ++at[d + 1];
     }
