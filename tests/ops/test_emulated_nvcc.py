@@ -13,7 +13,11 @@ from minillm.ops.build_plan import CUDA, SOURCES
 from minillm.ops.compilers import BuildError, find_nvcc
 
 HOT = [f"attention_{name}" for name in ("v2", "v3", "v4", "backward_v1", "backward_v2", "decode")]
-ON_TENSOR_CORES = {"attention_v3": 4, "attention_v4": 4, "attention_backward_v2": 6}  # and in how many kernels
+HOT += ["lora_gather_v2", "lora_gather_v4", "lora_gather_sum_v2"]
+ON_TENSOR_CORES = {  # and in how many kernels
+    **{"attention_v3": 4, "attention_v4": 4, "attention_backward_v2": 6},
+    **{"lora_gather_v4": 4, "lora_gather_sum_v2": 1},
+}
 MAX_REGISTERS = 255  # of a thread; what does not fit is spilled to memory
 
 
