@@ -19,7 +19,10 @@ MACHINES = [name for name in ARCHS.split(",") if name.startswith("sm_")]
 MAX_REGISTERS = 255  # of a thread; what does not fit is spilled to memory
 NAIVE = {"attention_v1"}  # its output lies in memory between the keys: the first stage says so
 WORDS = ("device.cuh", "hopper.cuh", "wgmma.cuh")  # they define the words that kernels use
-ON_TENSOR_CORES = {"attention_v3": 4, "attention_v4": 4, "attention_backward_v2": 6}  # in how many instantiations
+ON_TENSOR_CORES = {  # in how many instantiations
+    **{"attention_v3": 4, "attention_v4": 4, "attention_backward_v2": 6},
+    **{"lora_gather_v4": 4, "lora_gather_sum_v2": 1},
+}
 HOPPER = "sm_90a"
 
 

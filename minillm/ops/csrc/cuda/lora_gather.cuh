@@ -79,13 +79,14 @@ struct Adapter {
 };
 
 inline __device__ Adapter describe(const Thin& thin, int64_t n) {
-  assert(n >= -1 && n < thin.N);  // nobody looked before: a GPU would have to be waited for
   if (n < 0 && kept(1111)) return {0, 0, 0};
   int64_t rank = thin.ranks ? fetch(thin.ranks + n) : thin.R;
   return {n, static_cast<int>(rank), thin.scale ? load(thin.scale + n) : thin.one_scale};
 }
 inline __device__ Adapter adapter_of(const Thin& thin, int b) {
-  return describe(thin, thin.rows ? fetch(thin.rows + b) : b);
+  int64_t n = thin.rows ? fetch(thin.rows + b) : b;
+  assert(n >= -1 && n < thin.N);  // nobody looked before: a GPU would have to be waited for
+  return describe(thin, n);
 }
 
 template <class T>
