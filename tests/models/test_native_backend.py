@@ -12,7 +12,7 @@ from minillm import ops
 from minillm.generation import generate_tokens
 from minillm.generation.decode_mode import DecodeMode
 from minillm.models import ModelConfig, build
-from minillm.peft import LoraConfig, LoRALinear, PrefixConfig, QuantizedLinear, quantize, tune
+from minillm.peft import LoraConfig, LoRALinear, PrefixConfig, QaLoraConfig, QuantizedLinear, quantize, tune
 
 pytestmark = pytest.mark.usefixtures("native_library")
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_bfloat16_is_as_near_to_float64_as_torch_is(name):
     assert (ours - true).norm() <= 1.2 * (theirs - true).norm()
 
 
-@pytest.mark.parametrize("tuned", [None, "lora", "prefix", "nf4", "nf4 and lora"])
+@pytest.mark.parametrize("tuned", [None, "lora", "prefix", "nf4", "nf4 and lora", "qalora"])
 @pytest.mark.parametrize("name", ["rotary, grouped", "window", "learned positions"])
 def test_greedy_tokens_are_those_of_torch(name, tuned):
     """Prompts of different lengths, padded on the left, with a cache that grows past its first buffers."""
@@ -82,8 +82,8 @@ def test_greedy_tokens_are_those_of_torch(name, tuned):
     if tuned and "nf4" in tuned:
         quantize(model)
     if tuned not in (None, "nf4"):
-        lora = LoraConfig(rank=3, alpha=7, targets=("all-linear",))
-        tune(model, PrefixConfig(length=3) if tuned == "prefix" else lora)
+        configs = {"prefix": PrefixConfig(length=3), "qalora": QaLoraConfig(rank=3, group=8, targets=("all-linear",))}
+        tune(model, configs.get(tuned, LoraConfig(rank=3, alpha=7, targets=("all-linear",))))
         for parameter in (p for p in model.parameters() if p.requires_grad):
             torch.nn.init.normal_(parameter, std=0.3)
     tokens, mask = torch.randint(2, 61, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
