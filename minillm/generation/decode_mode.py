@@ -1,13 +1,9 @@
 """The state a model is in while it computes one step of generation, and only then."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
-from minillm import ops
-from minillm.peft.linears import is_quantized
+from minillm.generation.decode_kernels import kernel_of
 
 
 class DecodeMode:
@@ -27,11 +23,9 @@ class DecodeMode:
     def __init__(self, model: nn.Module, *, rows: int, prepare: bool):
         self.training = [module for module in model.modules() if module.training]
         layers = list(model.modules()) if prepare else []
-        kernels = {module: _kernel(module, rows) for module in layers}
-        self.native = {module: kernel for module, kernel in kernels.items() if kernel}
-        plain = [module for module in layers if type(module) is nn.Linear]
-        fetched = {id(module.weight) for module in plain if module in self.native}
-        weights = {id(module.weight): module.weight for module in plain if id(module.weight) not in fetched}
+        self.native = {module: kernel for module in layers if (kernel := kernel_of(module, rows))}
+        fetched = {id(kernel.keywords.get("weight")) for kernel in self.native.values()}
+        weights = {id(m.weight): m.weight for m in layers if type(m) is nn.Linear and id(m.weight) not in fetched}
         self.swapped: list[tuple[nn.Parameter, Tensor, Tensor]] = [
             (w, w.data, w.data.t().contiguous().t()) for w in weights.values() if _gains(w)
         ]
@@ -54,20 +48,6 @@ class DecodeMode:
             del module.__dict__["forward"]  # the class's shows again
         for module in self.training:
             module.training = True
-
-
-@torch.no_grad()
-def _kernel(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor] | None:
-    """What computes this layer at once, without asking at each token what may run it; None if no kernel does."""
-    if type(layer) is nn.Linear:
-        op, weight, like = ops.linear, layer.weight, layer.weight
-    elif is_quantized(layer):
-        op, weight, like = ops.quantized_linear, layer.quantized, layer.like
-    else:
-        return None
-    if not op.runs_natively(like.new_empty(rows, layer.in_features), weight, layer.bias):
-        return None
-    return partial(op.kernel.run, weight=weight, bias=layer.bias)
 
 
 def _gains(weight: Tensor) -> bool:

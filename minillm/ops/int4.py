@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from minillm.ops.quantize import CHUNK, check_size, check_weight, pack, pairs, unpack
+from minillm.ops.registry import Op
 
 LEVELS = 15  # the largest of the codes 0 .. 15
 
@@ -35,12 +36,18 @@ class Int4Tensor(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "Dout Din"]:
         """The weight as numbers: made in float32 at least, rounded once to `dtype`."""
-        weight = torch.empty(len(self.codes), self.group, dtype=dtype, device=self.codes.device)
-        wide, rows = torch.promote_types(dtype, torch.float32), CHUNK // self.group or 1
-        split = (t.split(rows) for t in (weight, self.codes, self.scale.flatten(), self.zero.flatten()))
-        for part, codes, scale, zero in zip(*split, strict=True):
-            part.copy_((unpack(codes, self.book).to(wide) - zero[:, None]) * scale[:, None])
-        return weight.view(self.shape)
+        return int4_dequantize(self, dtype)
+
+
+@Op
+def int4_dequantize(weight: Int4Tensor, dtype: torch.dtype) -> Float[Tensor, "Dout Din"]:
+    """The weight as numbers: (code - zero) * scale, with those of the code's group, rounded once to `dtype`."""
+    numbers = torch.empty(len(weight.codes), weight.group, dtype=dtype, device=weight.codes.device)
+    wide, rows = torch.promote_types(dtype, torch.float32), CHUNK // weight.group or 1
+    split = (t.split(rows) for t in (numbers, weight.codes, weight.scale.flatten(), weight.zero.flatten()))
+    for part, codes, scale, zero in zip(*split, strict=True):
+        part.copy_((unpack(codes, weight.book).to(wide) - zero[:, None]) * scale[:, None])
+    return numbers.view(weight.shape)
 
 
 def quantize_int4(weight: Tensor, *, group: int = 32) -> Int4Tensor:

@@ -1,23 +1,27 @@
-"""Weights in NF4 by our kernels: quantized and dequantized in one pass, and multiplied without a copy in floats."""
+"""Weights in 4 bits by our kernels: NF4 made in one pass, numbers made of codes, and products without a copy in floats.
+
+Weights in whole numbers (int4.py) are the same to the kernels: they have another code book, and a zero to each scale.
+"""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from minillm.ops.int4 import Int4Tensor
+from minillm.ops.int4 import Int4Tensor, int4_dequantize
 from minillm.ops.native import below_autograd, wants_grad
 from minillm.ops.native_linear import _regular, rows_of, why_not_linear
 from minillm.ops.quantize import NF4, QuantTensor, nf4_dequantize, nf4_quantize, pairs
 from minillm.ops.quantized import quantized_linear
 
+Weight = QuantTensor | Int4Tensor
 ROWS = {torch.float32: 512, torch.bfloat16: 64}  # for more, a library's product of the numbers is as fast
 GPU_ROWS, GPU_CODES = 8, 32  # the GPU's fast kernel: up to so many rows, whole sets of so many codes (nf4_linear.cu)
 
 
-def _cannot(x: Tensor, weight: QuantTensor | Int4Tensor, bias: Tensor | None) -> str:
-    if not isinstance(weight, QuantTensor):
-        return "weights in whole numbers of 4 bits"
+def _cannot(x: Tensor, weight: Weight, bias: Tensor | None) -> str:
     if len(weight.shape) != 2:
         return "a weight that is no matrix"
     if weight.codes.device != x.device:
@@ -25,26 +29,30 @@ def _cannot(x: Tensor, weight: QuantTensor | Int4Tensor, bias: Tensor | None) ->
     return why_not_linear(x)
 
 
-def _few(x: Tensor, weight: QuantTensor) -> bool:
+def _few(x: Tensor, weight: Weight) -> bool:
     """Whether the rows of x are few enough for multiplying codes to be faster than making numbers of them first."""
     if x.is_cuda:
-        return rows_of(x) <= GPU_ROWS and x.shape[-1] % GPU_CODES == 0 and weight.block % GPU_CODES == 0
+        block = 2 * weight.codes.shape[1]
+        return rows_of(x) <= GPU_ROWS and x.shape[-1] % GPU_CODES == 0 and block % GPU_CODES == 0
     return rows_of(x) <= ROWS[x.dtype]
 
 
 @quantized_linear.native(_cannot)
-def _quantized_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
+def _quantized_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     if not _few(x, weight):
-        return _Nf4Linear.apply(x, weight, bias) if wants_grad(x) else F.linear(x, dequantize(weight, x.dtype), bias)
-    operation = torch.ops.minillm.nf4_linear.default
-    arguments = (_regular(x), *weight[:6], None if bias is None else bias.contiguous(), weight.shape[0])
+        return _DenseLinear.apply(x, weight, bias) if wants_grad(x) else F.linear(x, dequantize(weight, x.dtype), bias)
+    bias = None if bias is None else bias.contiguous()
+    if type(weight) is QuantTensor:
+        operation, arguments = torch.ops.minillm.nf4_linear.default, (*weight[:6], bias, weight.shape[0])
+    else:
+        operation, arguments = torch.ops.minillm.int4_linear.default, (*weight[:4], bias)
     if torch.compiler.is_compiling() or wants_grad(x) or (bias is not None and wants_grad(bias)):
-        return operation(*arguments)
-    return below_autograd(operation, *arguments)
+        return operation(_regular(x), *arguments)
+    return below_autograd(operation, _regular(x), *arguments)
 
 
-class _Nf4Linear(torch.autograd.Function):
+class _DenseLinear(torch.autograd.Function):
     """The product by the library, of numbers that are made again in the backward pass."""
 
     @staticmethod
@@ -59,17 +67,20 @@ class _Nf4Linear(torch.autograd.Function):
         return grad_x, None, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 
-def dequantize(weight: QuantTensor, dtype: torch.dtype) -> Tensor:
-    """The numbers of a weight in NF4."""
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The numbers of a weight in 4 bits."""
+    if type(weight) is Int4Tensor:
+        return torch.ops.minillm.int4_dequantize(*weight[:4], weight.shape[1], dtype)
     count = torch.Size(weight.shape).numel()
     return torch.ops.minillm.nf4_dequantize(*weight[:6], 1, count, dtype).view(weight.shape)
 
 
-def _cannot_dequantize(weight: QuantTensor, dtype: torch.dtype) -> str:
+def _cannot_dequantize(weight: Weight, dtype: torch.dtype) -> str:
     return why_not_linear(weight.book) or ("" if dtype in ROWS else "numbers other than float32 and bfloat16")
 
 
 nf4_dequantize.native(_cannot_dequantize)(dequantize)
+int4_dequantize.native(_cannot_dequantize)(dequantize)
 
 
 def _cannot_quantize(weight: Tensor, block: int) -> str:
@@ -83,6 +94,7 @@ def _nf4_quantize(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def register() -> None:
     """Tell torch the operations' shapes and gradients."""
+    kernels = torch.ops.minillm
 
     @torch.library.register_fake("minillm::nf4_quantize")
     def _(weight, book, block):
@@ -94,20 +106,34 @@ def register() -> None:
     def _(codes, absmax, absmax2, offset, book, book8, Dout, Din, dtype):
         return codes.new_empty(Dout, Din, dtype=dtype)
 
+    @torch.library.register_fake("minillm::int4_dequantize")
+    def _(codes, scale, zero, book, Din, dtype):
+        return codes.new_empty(len(scale), Din, dtype=dtype)
+
     @torch.library.register_fake("minillm::nf4_linear")
     def _(x, codes, absmax, absmax2, offset, book, book8, bias, Dout):
         return x.new_empty(*x.shape[:-1], Dout)
 
-    def keep(ctx, inputs, output):
-        x, *ctx.weight, _, ctx.Dout = inputs
-        ctx.Din = x.shape[-1]
+    @torch.library.register_fake("minillm::int4_linear")
+    def _(x, codes, scale, zero, book, bias):
+        return x.new_empty(*x.shape[:-1], len(scale))
 
-    def backward(ctx, grad):
-        need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
-        grad_x = None
-        if need_x:
-            grad_x = grad @ torch.ops.minillm.nf4_dequantize(*ctx.weight, ctx.Dout, ctx.Din, grad.dtype)
-        grad_bias = grad.flatten(0, -2).sum(0) if need_bias else None
-        return grad_x, *(None,) * 6, grad_bias, None
+    def keep_nf4(ctx, inputs, output):
+        x, *weight, _, Dout = inputs
+        ctx.numbers = partial(kernels.nf4_dequantize, *weight, Dout, x.shape[-1])
 
-    torch.library.register_autograd("minillm::nf4_linear", backward, setup_context=keep)
+    def keep_int4(ctx, inputs, output):
+        x, *weight, _ = inputs
+        ctx.numbers = partial(kernels.int4_dequantize, *weight, x.shape[-1])
+
+    def gradients(ctx, grad, bias):  # `bias`: the place of it among the arguments
+        grads = [None] * len(ctx.needs_input_grad)
+        if ctx.needs_input_grad[0]:
+            grads[0] = grad @ ctx.numbers(grad.dtype)
+        if ctx.needs_input_grad[bias]:
+            grads[bias] = grad.flatten(0, -2).sum(0)
+        return tuple(grads)
+
+    register_autograd = torch.library.register_autograd
+    register_autograd("minillm::nf4_linear", lambda ctx, grad: gradients(ctx, grad, 7), setup_context=keep_nf4)
+    register_autograd("minillm::int4_linear", lambda ctx, grad: gradients(ctx, grad, 5), setup_context=keep_int4)

@@ -1,4 +1,4 @@
-"""Our CUDA kernels of weights on a real GPU: NF4, and linear layers of few rows. Skipped without a GPU or nvcc.
+"""Our CUDA kernels of weights on a real GPU: 4 bits, and linear layers of few rows. Skipped without a GPU or nvcc.
 
 The truth is the formula in float64; our error may be twice that of torch's operations in the same dtype.
 """
@@ -12,6 +12,7 @@ from minillm.generation import generate_tokens
 from minillm.models import ModelConfig, build
 from minillm.ops import native
 from minillm.ops.build import build as build_kernels
+from minillm.ops.int4 import int4_dequantize
 from minillm.ops.linear import linear
 from minillm.ops.quantize import nf4_dequantize, nf4_quantize
 from minillm.peft import LoraConfig, quantize, tune
@@ -106,6 +107,21 @@ def test_a_quantized_layer(dout, din, block, double, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize(("dout", "din", "group"), [(5, 8, 8), (33, 96, 32), (130, 2048, 64), (3, 30, 6)])
+def test_a_layer_in_whole_numbers(dout, din, group, dtype):
+    numbers = torch.randn(dout, din, device=DEVICE) + 3 * torch.randn(dout, 1, device=DEVICE)  # so that zeros count
+    weight, bias = ops.quantize_int4(numbers, group=group), torch.randn(dout, device=DEVICE, dtype=dtype)
+    with ops.use_backend("native"):
+        assert torch.equal(weight.dequantize(dtype), int4_dequantize.implementations["reference"](weight, dtype))
+    for M in (0, 1, 2, 3, 4, 5, 8, 9, 40):
+        x = torch.randn(M, din, device=DEVICE, dtype=dtype)
+        with ops.use_backend("native"):
+            y = ops.quantized_linear(x, weight, bias)
+        theirs = ops.quantized_linear.implementations["torch"](x, weight, bias)
+        close(y, theirs, exact(x, weight.dequantize(torch.float64), bias))
+
+
+@DTYPES
 @pytest.mark.parametrize("M", [1, 3, 30])
 def test_gradients(M, dtype):
     kept, weight = ops.quantize_nf4(torch.randn(33, 64, device=DEVICE)), torch.randn(33, 64, device=DEVICE, dtype=dtype)
@@ -134,6 +150,9 @@ def test_torch_accepts_the_operations(double, differentiable):
     check(torch.ops.minillm.nf4_quantize.default, (weight, kept.book, 64))
     check(torch.ops.minillm.nf4_dequantize.default, (*kept[:6], 33, 64, torch.bfloat16))
     check(torch.ops.minillm.nf4_linear.default, (x, *kept[:6], bias, 33))
+    whole = ops.quantize_int4(weight)
+    check(torch.ops.minillm.int4_dequantize.default, (*whole[:4], 64, torch.bfloat16))
+    check(torch.ops.minillm.int4_linear.default, (x, *whole[:4], bias))
 
 
 def test_what_lies_on_another_device_is_refused():

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from minillm import ops
 from minillm.generation import generate_tokens
+from minillm.generation.decode_mode import DecodeMode
 from minillm.models import ModelConfig, build
-from minillm.peft import LoraConfig, PrefixConfig, QuantizedLinear, quantize, tune
+from minillm.peft import LoraConfig, LoRALinear, PrefixConfig, QaLoraConfig, QuantizedLinear, quantize, tune
 
 pytestmark = pytest.mark.usefixtures("native_library")
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_bfloat16_is_as_near_to_float64_as_torch_is(name):
     assert (ours - true).norm() <= 1.2 * (theirs - true).norm()
 
 
-@pytest.mark.parametrize("tuned", [None, "lora", "prefix", "nf4", "nf4 and lora"])
+@pytest.mark.parametrize("tuned", [None, "lora", "prefix", "nf4", "nf4 and lora", "qalora"])
 @pytest.mark.parametrize("name", ["rotary, grouped", "window", "learned positions"])
 def test_greedy_tokens_are_those_of_torch(name, tuned):
     """Prompts of different lengths, padded on the left, with a cache that grows past its first buffers."""
@@ -81,33 +82,57 @@ def test_greedy_tokens_are_those_of_torch(name, tuned):
     if tuned and "nf4" in tuned:
         quantize(model)
     if tuned not in (None, "nf4"):
-        tune(model, PrefixConfig(length=3) if tuned == "prefix" else LoraConfig(rank=3, alpha=7))
+        configs = {"prefix": PrefixConfig(length=3), "qalora": QaLoraConfig(rank=3, group=8, targets=("all-linear",))}
+        tune(model, configs.get(tuned, LoraConfig(rank=3, alpha=7, targets=("all-linear",))))
         for parameter in (p for p in model.parameters() if p.requires_grad):
             torch.nn.init.normal_(parameter, std=0.3)
     tokens, mask = torch.randint(2, 61, (3, 12)), torch.ones(3, 12, dtype=torch.bool)
     mask[0, :7], mask[2, :1] = False, False
     told = {}
-    for backend in ("native", "torch"):
+    for backend in ("native", "auto", "torch"):
         with ops.use_backend(backend):
             told[backend] = generate_tokens(model, tokens, mask=mask, max_new_tokens=40)
-    assert torch.equal(told["native"], told["torch"])
+    assert torch.equal(told["native"], told["torch"]) and torch.equal(told["auto"], told["torch"])
 
 
+@pytest.mark.parametrize("tuned", ["nf4", "lora", "nf4 and lora"])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_generation_asks_once_whether_a_quantized_layer_runs_on_its_kernel(backend, monkeypatch):
+def test_generation_asks_once_whether_a_layer_runs_on_its_kernel(backend, tuned, monkeypatch):
     """Asking at each token costs as much as the product of a small layer. Afterwards the layers are as before."""
     model, asked = model_of("rotary, grouped").eval(), []
-    quantize(model)
-    monkeypatch.setattr(
-        QuantizedLinear, "forward", lambda self, x, run=QuantizedLinear.forward: asked.append(1) or run(self, x)
-    )
-    layers = sum(isinstance(module, QuantizedLinear) for module in model.modules())
+    if "nf4" in tuned:
+        quantize(model)
+    if "lora" in tuned:
+        tune(model, LoraConfig(rank=3, targets=("all-linear",)))
+    kind = LoRALinear if "lora" in tuned else QuantizedLinear
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: asked.append(1) or forward(self, x))
+    layers = sum(type(module) is kind for module in model.modules())
     with ops.use_backend(backend):
         generate_tokens(model, torch.randint(2, 61, (1, 5)), max_new_tokens=10)
         assert len(asked) == (0 if backend == "auto" else 10 * layers)
         asked.clear()
         model(torch.randint(2, 61, (1, 5)))
         assert len(asked) == layers
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+def test_bfloat16_generation_with_a_quantized_base(adapter):
+    """Adapters of float32 are added in float32, as without kernels."""
+    model = model_of("rotary, grouped").eval().bfloat16()
+    quantize(model)
+    tune(model, LoraConfig(rank=3, targets=("all-linear",)))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.3)
+        parameter.data = parameter.data.to(adapter)
+    tokens, logits = torch.randint(2, 61, (1, 5)), {}
+    for backend in ("native", "torch"):
+        with ops.use_backend(backend), DecodeMode(model, rows=1, prepare=True):
+            logits[backend] = model(tokens)
+    with ops.use_backend("reference"), torch.no_grad():
+        true = model.double()(tokens)
+    ours, theirs = ((logits[backend] - true).abs().max() for backend in ("native", "torch"))
+    assert ours <= 2 * theirs, (ours, theirs)
 
 
 def test_autocast_computes_in_bfloat16_as_with_torch():

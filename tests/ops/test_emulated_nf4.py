@@ -17,6 +17,7 @@ from torch import Tensor
 from minillm.ops import emulate
 from minillm.ops.build import build
 from minillm.ops.build_plan import SOURCES
+from minillm.ops.int4 import Int4Tensor, int4_dequantize, quantize_int4
 from minillm.ops.quantize import NF4, QuantTensor, nf4_dequantize, nf4_quantize, pairs, quantize_nf4
 from minillm.ops.structures import structures
 
@@ -42,12 +43,16 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def weight_of(weight: QuantTensor) -> tuple[Nf4, list[Tensor]]:
+def weight_of(weight: QuantTensor | Int4Tensor) -> tuple[Nf4, list[Tensor]]:
     """The argument, and its memory."""
-    codes, absmax, absmax2, offset, book, book8, shape = weight
-    tensors = (codes, absmax, absmax2, offset, book8, book)
+    if isinstance(weight, Int4Tensor):
+        codes, scale, zero, book, shape = weight
+        tensors, block = (codes, scale, None, None, None, book, zero), weight.group
+    else:
+        codes, absmax, absmax2, offset, book, book8, shape = weight
+        tensors, block = (codes, absmax, absmax2, offset, book8, book, None), weight.block
     count = torch.Size(shape).numel()
-    return Nf4(*map(pointer, tensors), count, weight.block), [t for t in tensors if t is not None]
+    return Nf4(*map(pointer, tensors), count, block), [t for t in tensors if t is not None]
 
 
 def example(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,7 +109,7 @@ def test_what_cannot_be_quantized_shows_in_the_scale(stage, bad):
     assert absmax.isfinite().tolist() == [True, True, False, True]
 
 
-def dequantize(weight: QuantTensor, dtype: torch.dtype, stage: int, machine: emulate.Machine) -> Tensor:
+def dequantize(weight: QuantTensor | Int4Tensor, dtype: torch.dtype, stage: int, machine: emulate.Machine) -> Tensor:
     argument, memory = weight_of(weight)
     out = torch.full(weight.shape, torch.nan, dtype=dtype)
     arguments = Nf4Dequantize(argument, pointer(out), emulate.DTYPES[dtype])
@@ -140,6 +145,14 @@ def test_the_numbers_are_those_of_the_torch_path(stage, count, block, double, dt
     check_dequantize(stage, machine_of(schedule=emulate.SCHEDULES[count % 3]), count, block, double, dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("stage, group", [(1, 6), (1, 32), (2, 8), (2, 32), (0, 6), (0, 96)])
+def test_whole_numbers_are_those_of_the_torch_path(stage, group, dtype):
+    weight = quantize_int4(example(7, 96) + 0.3, group=group)
+    expected = int4_dequantize.implementations["reference"](weight, dtype)
+    assert torch.equal(dequantize(weight, dtype, stage, machine_of(schedule=emulate.SCHEDULES[group % 3])), expected)
+
+
 def check_linear(
     stage: int,
     machine: emulate.Machine,
@@ -150,10 +163,15 @@ def check_linear(
     double: bool = True,
     bias: bool = True,
     strided: bool = False,
+    whole: bool = False,
     dtype=torch.float32,
 ) -> None:
+    """`whole`: a weight in whole numbers, whose groups are the blocks."""
     random = torch.Generator().manual_seed(M)
-    weight = quantize_nf4(example(Dout, Din), block=block, double=double)
+    if whole:
+        weight = quantize_int4(example(Dout, Din) + 0.3, group=block)
+    else:
+        weight = quantize_nf4(example(Dout, Din), block=block, double=double)
     x = torch.randn(M, Din + 3 * strided, generator=random).to(dtype)[:, :Din]
     b = torch.randn(Dout, generator=random).to(dtype) if bias else None
     y = torch.full((M, Dout), torch.nan, dtype=dtype)
@@ -164,7 +182,7 @@ def check_linear(
     machine.call("minillm_nf4_linear", arguments, stage, memory=[t for t in (*memory, x, b, y) if t is not None])
     if not M:
         return
-    by = nf4_dequantize.implementations["reference"]
+    by = (int4_dequantize if whole else nf4_dequantize).implementations["reference"]
     exact = F.linear(x.double(), by(weight, torch.float64), None if b is None else b.double())
     theirs = F.linear(x, by(weight, dtype), b)
     error, their_error = ((t.double() - exact).abs().max() for t in (y, theirs))
@@ -181,11 +199,14 @@ LINEAR = {
     "rows of x between 16 bytes": {"M": 3, "Din": 64, "strided": True},
     "one output": {"M": 1, "Din": 32, "Dout": 1},
     "no row": {"M": 0},
+    "whole numbers": {"M": 3, "Din": 192, "Dout": 7, "block": 32, "whole": True},
+    "one group of whole numbers": {"M": 1, "Din": 64, "Dout": 5, "block": 64, "whole": True},
 }
 ODD = {
     "odd sizes": {"M": 3, "Din": 37, "Dout": 29, "block": 6},
     "many rows": {"M": 20, "Din": 10, "Dout": 3},
     "one number": {"M": 1, "Din": 1, "Dout": 1, "block": 2},
+    "odd groups of whole numbers": {"M": 3, "Din": 30, "Dout": 5, "block": 6, "whole": True},
 }
 
 

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import ops
 from minillm.ops import native
+from minillm.ops.int4 import Int4Tensor
 from minillm.ops.linear import SMALL, linear
 from minillm.ops.quantize import QuantTensor, nf4_dequantize, nf4_quantize
 
@@ -48,6 +49,11 @@ def nf4(dout: int, din: int, block: int = 64, device: str = "cuda") -> QuantTens
     return QuantTensor(codes, absmax, absmax2, offset, book, book8, (dout, din))
 
 
+def int4(dout: int, din: int, group: int = 32) -> Int4Tensor:
+    codes = torch.empty(dout * din // group, group // 2, dtype=torch.uint8, device="cuda")
+    return Int4Tensor(codes, on_gpu(dout, din // group), on_gpu(dout, din // group), on_gpu(256, 2), (dout, din))
+
+
 def ran(backend: str, run) -> list[str]:
     with ops.use_backend(backend), Calls() as calls:
         run()
@@ -80,11 +86,15 @@ def test_a_quantized_layer(gpu, rows, din, block, wanted, dtype):
     x, weight = on_gpu(rows, din, dtype=dtype), nf4(6, din, block)
     for backend in ("native", "auto"):
         assert ran(backend, lambda: ops.quantized_linear(x, weight, on_gpu(6))) == [f"nf4_{wanted}"]
+    if din % block == 0:
+        whole = int4(6, din, block)
+        assert ran("auto", lambda: ops.quantized_linear(x, whole, on_gpu(6))) == [f"int4_{wanted}"]
 
 
 def test_quantizing_and_back(gpu):
     assert ran("auto", lambda: nf4_quantize(on_gpu(3, 50), 64)) == ["nf4_quantize"]
     assert ran("auto", lambda: nf4_dequantize(nf4(3, 50), torch.bfloat16)) == ["nf4_dequantize"]
+    assert ran("auto", lambda: int4(3, 64).dequantize(torch.bfloat16)) == ["int4_dequantize"]
 
 
 def test_what_no_kernel_takes(gpu, monkeypatch):

@@ -509,15 +509,17 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(Tensor grad, std::optional<Tens
   return {grad_x, grad_a, grad_b};
 }
 
+// Numbers beside the codes: scales, zeros, code books.
+const float* floats(const Tensor& codes, const Tensor& x, int64_t least) {
+  beside(codes, x);
+  if (x.scalar_type() != ScalarType::Float || !x.is_contiguous() || x.numel() < least)
+    require(false, "scales, zeros and code books of float32, side by side in memory");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
 Nf4 nf4_weight(const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& absmax2,
                const std::optional<Tensor>& offset, const Tensor& book, const std::optional<Tensor>& book8,
                int64_t count) {
-  const auto floats = [&](const Tensor& x, int64_t least) {
-    beside(codes, x);
-    if (x.scalar_type() != ScalarType::Float || !x.is_contiguous() || x.numel() < least)
-      require(false, "scales and code books of float32, side by side in memory");
-    return static_cast<const float*>(x.const_data_ptr());
-  };
   if (codes.scalar_type() != ScalarType::Byte || codes.dim() != 2 || !codes.is_contiguous() || !absmax.is_contiguous())
     require(false, "codes (blocks, block / 2) and scales, side by side in memory");
   beside(codes, absmax);
@@ -525,14 +527,24 @@ Nf4 nf4_weight(const Tensor& codes, const Tensor& absmax, const std::optional<Te
   if (count > blocks * block || absmax.numel() != blocks) require(false, "codes and scales for all weights");
   Nf4 w{};
   w.codes = static_cast<const uint8_t*>(codes.const_data_ptr()), w.absmax = absmax.const_data_ptr();
-  w.book = floats(book, 512), w.count = count, w.block = block;
+  w.book = floats(codes, book, 512), w.count = count, w.block = block;
   if (absmax2) {
     if (absmax.scalar_type() != ScalarType::Byte || !offset || !book8)
       require(false, "double quantization has scales of 8 bits, an offset and a code book");
-    w.absmax2 = floats(*absmax2, (blocks + 255) / 256), w.offset = floats(*offset, 1), w.book8 = floats(*book8, 256);
+    w.absmax2 = floats(codes, *absmax2, (blocks + 255) / 256);
+    w.offset = floats(codes, *offset, 1), w.book8 = floats(codes, *book8, 256);
   } else {
-    floats(absmax, blocks);
+    floats(codes, absmax, blocks);
   }
+  return w;
+}
+
+// Codes of a matrix with a scale and a zero (Dout, groups) for each of their rows.
+Nf4 int4_weight(const Tensor& codes, const Tensor& scale, const Tensor& zero, const Tensor& book, int64_t Din) {
+  if (scale.dim() != 2 || codes.dim() != 2 || scale.size(1) * 2 * codes.size(1) != Din)
+    require(false, "scales (Dout, groups) and codes (Dout * groups, group / 2), where the groups fill Din");
+  Nf4 w = nf4_weight(codes, scale, {}, {}, book, {}, scale.size(0) * Din);
+  w.zero = floats(codes, zero, codes.size(0));
   return w;
 }
 
@@ -561,11 +573,10 @@ std::tuple<Tensor, Tensor> nf4_quantize(Tensor weight, Tensor book, int64_t bloc
   return {codes, absmax};
 }
 
-Tensor nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> absmax2, std::optional<Tensor> offset,
-                      Tensor book, std::optional<Tensor> book8, int64_t Dout, int64_t Din, ScalarType dtype) {
+// The numbers (Dout, Din) of a weight in codes, of which `codes` is a part.
+Tensor numbers_of(const Tensor& codes, const Nf4& weight, int64_t Dout, int64_t Din, ScalarType dtype) {
   Tensor out = empty(codes, {Dout, Din}, dtype);
-  const Nf4Dequantize call{nf4_weight(codes, absmax, absmax2, offset, book, book8, Dout * Din), out.mutable_data_ptr(),
-                           dtype_of(out)};
+  const Nf4Dequantize call{weight, out.mutable_data_ptr(), dtype_of(out)};
 #ifdef MINILLM_CUDA
   if (codes.is_cuda()) {
     launch(codes, "nf4_dequantize", minillm_nf4_dequantize, call, 0);
@@ -576,15 +587,25 @@ Tensor nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> absmax2
   return out;
 }
 
-Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> absmax2, std::optional<Tensor> offset,
-                  Tensor book, std::optional<Tensor> book8, std::optional<Tensor> bias, int64_t Dout) {
+Tensor nf4_dequantize(Tensor codes, Tensor absmax, std::optional<Tensor> absmax2, std::optional<Tensor> offset,
+                      Tensor book, std::optional<Tensor> book8, int64_t Dout, int64_t Din, ScalarType dtype) {
+  return numbers_of(codes, nf4_weight(codes, absmax, absmax2, offset, book, book8, Dout * Din), Dout, Din, dtype);
+}
+
+Tensor int4_dequantize(Tensor codes, Tensor scale, Tensor zero, Tensor book, int64_t Din, ScalarType dtype) {
+  return numbers_of(codes, int4_weight(codes, scale, zero, book, Din), scale.size(0), Din, dtype);
+}
+
+// y = x W^T + bias for a weight in codes, of which `codes` is a part.
+Tensor product_of(const Tensor& x, const Tensor& codes, const Nf4& weight, const std::optional<Tensor>& bias,
+                  int64_t Dout) {
   Tensor y = empty(x, sizes_with(x, Dout), x.scalar_type());
   const Matrix rows(x);
   const int64_t Din = x.size(x.dim() - 1);
   check_bias(bias, x.scalar_type(), Dout);
   beside(x, codes), beside(x, bias);
   Nf4Linear call{};
-  call.weight = nf4_weight(codes, absmax, absmax2, offset, book, book8, Dout * Din);
+  call.weight = weight;
   call.x = x.const_data_ptr(), call.bias = data_of(bias), call.y = y.mutable_data_ptr();
   call.x_row = rows.stride, call.y_row = Dout, call.dtype = dtype_of(x);
   call.M = rows.rows, call.Din = Din, call.Dout = Dout;
@@ -596,6 +617,16 @@ Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> a
 #endif
   if (call.M) minillm_cpu_nf4_linear(&call);
   return y;
+}
+
+Tensor nf4_linear(Tensor x, Tensor codes, Tensor absmax, std::optional<Tensor> absmax2, std::optional<Tensor> offset,
+                  Tensor book, std::optional<Tensor> book8, std::optional<Tensor> bias, int64_t Dout) {
+  const int64_t count = Dout * x.size(x.dim() - 1);
+  return product_of(x, codes, nf4_weight(codes, absmax, absmax2, offset, book, book8, count), bias, Dout);
+}
+
+Tensor int4_linear(Tensor x, Tensor codes, Tensor scale, Tensor zero, Tensor book, std::optional<Tensor> bias) {
+  return product_of(x, codes, int4_weight(codes, scale, zero, book, x.size(x.dim() - 1)), bias, scale.size(0));
 }
 
 }  // namespace
@@ -624,6 +655,8 @@ STABLE_TORCH_LIBRARY(minillm, m) {
         " int Dout, int Din, ScalarType dtype) -> Tensor");
   m.def("nf4_linear(Tensor x, Tensor codes, Tensor absmax, Tensor? absmax2, Tensor? offset, Tensor book, Tensor? book8,"
         " Tensor? bias, int Dout) -> Tensor");
+  m.def("int4_dequantize(Tensor codes, Tensor scale, Tensor zero, Tensor book, int Din, ScalarType dtype) -> Tensor");
+  m.def("int4_linear(Tensor x, Tensor codes, Tensor scale, Tensor zero, Tensor book, Tensor? bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minillm, CPU, m) {
@@ -640,6 +673,8 @@ STABLE_TORCH_LIBRARY_IMPL(minillm, CPU, m) {
   m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
   m.impl("nf4_linear", TORCH_BOX(&nf4_linear));
+  m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize));
+  m.impl("int4_linear", TORCH_BOX(&int4_linear));
 }
 
 #ifdef MINILLM_CUDA
@@ -655,5 +690,7 @@ STABLE_TORCH_LIBRARY_IMPL(minillm, CUDA, m) {
   m.impl("lora_backward", TORCH_BOX(&lora_backward));
   m.impl("lora_gather", TORCH_BOX(&lora_gather));
   m.impl("lora_gather_backward", TORCH_BOX(&lora_gather_backward));
+  m.impl("int4_dequantize", TORCH_BOX(&int4_dequantize));
+  m.impl("int4_linear", TORCH_BOX(&int4_linear));
 }
 #endif

@@ -1,5 +1,6 @@
 // Weights in NF4 (see ops/quantize.py): 4-bit codes of a book of 16 values, and one scale for each block of weights of
-// the flattened matrix. Weight i is book[code i] * scale[i / block].
+// the flattened matrix. Weight i is book[code i] * scale[i / block]. Weights in whole numbers of 4 bits (ops/int4.py)
+// are the same with a book of 0 .. 15 and a zero for each block: (book[code i] - zero[i / block]) * scale[i / block].
 #pragma once
 #include "common.h"
 
@@ -9,6 +10,7 @@ struct Nf4 {
   const float* absmax2;   // (blocks / 256, up), or null. scale[b] = book8[absmax[b]] * absmax2[b / 256] + *offset
   const float *offset, *book8;
   const float* book;      // (256, 2): both values of each byte
+  const float* zero;      // (blocks), or null: all 0
   int64_t count;          // of weights
   int32_t block;          // even
 };

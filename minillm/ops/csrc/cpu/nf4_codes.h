@@ -53,6 +53,7 @@ void read_weights(const Nf4& w, const Book& book, const float* scales, int64_t f
   int64_t i = 0, rest = w.block - first % w.block;  // weights left of the block
   for (const float* scale = scales; i < count; ++scale, rest = w.block) {
     const int64_t end = std::min(count, i + rest);
+    const float zero = w.zero ? w.zero[first / w.block + (scale - scales)] : 0.0f;
     const uint8_t* codes = w.codes + (first + i) / 2;
     if constexpr (LANES >= 8)
       if ((first + i) % 8 == 0)
@@ -62,8 +63,9 @@ void read_weights(const Nf4& w, const Book& book, const float* scales, int64_t f
           Bytes bytes;
           std::memcpy(&bytes, codes, sizeof bytes);
           const UintVec words = __builtin_bit_cast(UintVec, BytesVec{} + bytes);
-          store(out + i, book(__builtin_shuffle(words, word) >> shift) * *scale);
+          store(out + i, (book(__builtin_shuffle(words, word) >> shift) - zero) * *scale);
         }
-    for (; i < end; ++i) store_one(out + i, w.book[2 * w.codes[(first + i) / 2] + (first + i) % 2] * *scale);
+    for (; i < end; ++i) 
+      store_one(out + i, (w.book[2 * w.codes[(first + i) / 2] + (first + i) % 2] - zero) * *scale);
   }
 }

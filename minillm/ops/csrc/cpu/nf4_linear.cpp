@@ -1,7 +1,8 @@
 // A linear layer whose weight is kept in NF4: an eighth of the bytes of float32, and no copy of it in floats.
 //
 // The idea: for few rows of x, 8 shuffles turn a register of 32-bit words into the values of 8 codes each, which are
-// multiplied at once; x is brought into the words' order beforehand. For many rows, a tile of the weight that stays in
+// multiplied at once; x is brought into the words' order beforehand. A zero of the codes is taken off once for a word,
+// with the sum of its 8 numbers of x. For many rows, a tile of the weight that stays in
 // the first cache is made into floats and multiplied by all of them.
 #include <vector>
 
@@ -42,24 +43,38 @@ std::vector<float> in_word_order(const Nf4Linear& call) {
   return x;
 }
 
-// The scales of all weights of some rows.
+// x (M, Din) in the order of words, summed over the 8 numbers of each.
+std::vector<float> word_sums(const std::vector<float>& x) {
+  std::vector<float> sums(x.size() / 8);
+  for (size_t i = 0; i < x.size(); i += CHUNK) {
+    Vec sum{};
+    for (int s = 0; s < 8; ++s) sum += load(&x[i + s * LANES]);
+    store(&sums[i / 8], sum);
+  }
+  return sums;
+}
+
+// The scales of all weights of some rows, and their zeros if they have any.
 struct Scales {
   const Nf4& w;
   int64_t first;  // block
-  std::vector<float> values;
+  std::vector<float> values, zeros;
 
   Scales(const Nf4Linear& call, int64_t begin, int64_t rows) : w(call.weight), first(begin * call.Din / w.block) {
     const int64_t count = ((begin + rows) * call.Din + w.block - 1) / w.block - first;
     values.resize(count + 2 * LANES);  // whole registers are read
     read_scales(w, first, count, values.data());
+    if (!w.zero) return;
+    zeros.resize(values.size());
+    std::copy_n(w.zero + first, count, zeros.data());
   }
   const float* from(int64_t weight) const { return values.data() + (weight / w.block - first); }
 };
 
 // Outputs [begin, begin + RUNS * length): run r has those from begin + r * length on.
 template <int M, int RUNS, class T>
-void multiply_codes(const Nf4Linear& call, const Book& book, const Scales& all_scales, const float* x, int64_t begin,
-                    int64_t length) {
+void multiply_codes(const Nf4Linear& call, const Book& book, const Scales& all_scales, const float* x,
+                    const float* x_sums, int64_t begin, int64_t length) {
   const Nf4& w = call.weight;
   const int64_t width = round_up(call.Din, CHUNK);
   const int chunk_scales = CHUNK / w.block;
@@ -70,12 +85,12 @@ void multiply_codes(const Nf4Linear& call, const Book& book, const Scales& all_s
   for (int i = 0; i < LANES; ++i) first_of_word[i] = 8 * i;
   for (int64_t o = begin; o < begin + length; ++o) {
     const uint8_t* codes[RUNS];
-    const float* scales[RUNS];
+    int64_t scales[RUNS];  // where those of the row begin
     IntVec scale_of_word[RUNS];
     for (int r = 0; r < RUNS; ++r) {
       const int64_t start = (o + r * length) * call.Din;
       codes[r] = w.codes + start / 2;
-      scales[r] = all_scales.values.data() + ((start >> block_bits) - all_scales.first);
+      scales[r] = (start >> block_bits) - all_scales.first;
       scale_of_word[r] = (first_of_word + int(start & (w.block - 1))) >> block_bits;  // a row may begin within a block
     }
     Vec sums[LANES] = {};
@@ -97,7 +112,12 @@ void multiply_codes(const Nf4Linear& call, const Book& book, const Scales& all_s
         }
 #pragma GCC unroll 4
       for (int r = 0; r < RUNS; ++r) {
-        const Vec scale = __builtin_shuffle(load(scales[r]), scale_of_word[r]);
+        if (w.zero) {
+          const Vec zero = __builtin_shuffle(load(&all_scales.zeros[scales[r]]), scale_of_word[r]);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m) parts[r][m] -= zero * load(x_sums + (m * width + k) / 8);
+        }
+        const Vec scale = __builtin_shuffle(load(&all_scales.values[scales[r]]), scale_of_word[r]);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) sums[r * M + m] += scale * parts[r][m];
         scales[r] += chunk_scales;
@@ -131,12 +151,13 @@ void few_rows(const Nf4Linear& call) {
   constexpr int RUNS = LANES / 4 / M > 1 ? LANES / 4 / M : 1;
   const Book book(call.weight.book);
   const std::vector<float> x = in_word_order<T>(call);
+  const std::vector<float> sums = call.weight.zero ? word_sums(x) : std::vector<float>();
   const int64_t block = std::max<int64_t>(BLOCK_WEIGHTS / call.Din / RUNS, 1) * RUNS;
   parallel((call.Dout + block - 1) / block, [&](int64_t i) {
     const int64_t begin = i * block, count = std::min<int64_t>(block, call.Dout - begin), length = count / RUNS;
     const Scales scales(call, begin, count);
-    multiply_codes<M, RUNS, T>(call, book, scales, x.data(), begin, length);
-    multiply_codes<M, 1, T>(call, book, scales, x.data(), begin + length * RUNS, count - length * RUNS);
+    multiply_codes<M, RUNS, T>(call, book, scales, x.data(), sums.data(), begin, length);
+    multiply_codes<M, 1, T>(call, book, scales, x.data(), sums.data(), begin + length * RUNS, count - length * RUNS);
   });
 }
 

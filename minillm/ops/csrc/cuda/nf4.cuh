@@ -12,9 +12,11 @@ inline __device__ float scale_of(const Nf4& w, int64_t block) {
   return multiply_then_add(load(w.book8 + code), load(w.absmax2 + block / 256), load(w.offset));
 }
 
+inline __device__ float zero_of(const Nf4& w, int64_t block) { return w.zero ? load(w.zero + block) : 0; }
+
 inline __device__ float weight_of(const Nf4& w, int64_t i) {
   uint8_t byte = fetch(w.codes + i / 2);
-  return load(w.book + 2 * byte + i % 2) * scale_of(w, i / w.block);
+  return (load(w.book + 2 * byte + i % 2) - zero_of(w, i / w.block)) * scale_of(w, i / w.block);
 }
 
 // The 16 values. In shared memory each has a bank of its own: 32 lanes look up 32 codes at once, whatever these are.

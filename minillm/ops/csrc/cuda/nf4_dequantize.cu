@@ -26,9 +26,9 @@ __global__ void __launch_bounds__(THREADS) dequantize_v2(Nf4Dequantize d) {
   int64_t i = 8 * (int64_t{blockIdx.x} * THREADS + threadIdx.x);
   if (i >= d.weight.count && kept(1223)) return;
   uint32_t word = fetch(reinterpret_cast<const uint32_t*>(d.weight.codes + i / 2));
-  float scale = scale_of(d.weight, i / d.weight.block), values[8];
+  float scale = scale_of(d.weight, i / d.weight.block), zero = zero_of(d.weight, i / d.weight.block), values[8];
 #pragma unroll
-  for (int n = 0; n < 8; ++n) values[n] = table(word, n) * scale;
+  for (int n = 0; n < 8; ++n) values[n] = (table(word, n) - zero) * scale;
   T* out = static_cast<T*>(d.out) + i;
   if (i + 8 <= d.weight.count || !kept(1224)) {
     put8(out, values);

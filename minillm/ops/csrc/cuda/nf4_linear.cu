@@ -41,12 +41,13 @@ __global__ void __launch_bounds__(THREADS) linear_v2(Nf4Linear l) {
   float sum[OUTPUTS][M] = {};
   for (int k = CODES * lane; k < l.Din; k += CODES * 32) {
     uint4 codes[OUTPUTS];
-    float scale[OUTPUTS];
+    float scale[OUTPUTS], start[OUTPUTS];
 #pragma unroll
     for (int r = 0; r < OUTPUTS; ++r) {  // past the last output, the last again
       int64_t weight = int64_t{kept(1233) ? min(first + r, l.Dout - 1) : first + r} * l.Din + k;
       codes[r] = load16(l.weight.codes + weight / 2);
       scale[r] = scale_of(l.weight, weight / l.weight.block);
+      start[r] = -zero_of(l.weight, weight / l.weight.block) * scale[r];  // the value of code 0, where there are zeros
     }
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(THREADS) linear_v2(Nf4Linear l) {
       for (int r = 0; r < OUTPUTS; ++r) {
         uint32_t words[4] = {codes[r].x, codes[r].y, codes[r].z, codes[r].w};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) weights[r][i] = table(words[word], i) * scale[r];
+        for (int i = 0; i < 8; ++i) weights[r][i] = table(words[word], i) * scale[r] + start[r];
       }
 #pragma unroll
       for (int m = 0; m < M; ++m) {
