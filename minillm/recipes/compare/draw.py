@@ -35,9 +35,10 @@ def _trade_off(folder: Path, entries: Sequence[Entry], metric: str) -> Picture:
         for entry in entries:
             family, (low, high) = entry["family"], entry["interval"]
             spread = [[max(0.0, entry["score"] - low)], [max(0.0, high - entry["score"])]]
+            look = {"color": _colour(family), "fmt": MARKERS[seen[family] % len(MARKERS)], "markeredgecolor": "white"}
             axes.errorbar(
-                entry["trainable"], entry["score"], spread, color=_colour(family), fmt=MARKERS[seen[family] % len(MARKERS)],
-                markersize=7, markeredgecolor="white", capsize=3, linewidth=1.2, label=entry["title"],
+                entry["trainable"], entry["score"], spread, markersize=7, capsize=3, linewidth=1.2,
+                label=entry["title"], **look,
             )  # fmt: skip
             seen[family] += 1
         axes.set(xlabel="trained values", ylabel=f"{metric} on test", xscale="log", title="Score and trained values")
