@@ -29,8 +29,8 @@ def make_problem(base: Loaded, task: Task, config: CompareConfig) -> Problem:
     problem = (WRITERS[kind] if task.kind == "rewriting" else PROBLEMS[task.kind])(base, task, config)
     if config.length > (most := base.model.config.max_positions):
         raise ValueError(f"length={config.length} is more than the base's max_positions={most}: lower it")
-    if len(problem.records("train")) < config.batch_size:
+    if problem.count("train") < config.batch_size:
         raise ValueError(
-            f"train has {len(problem.records('train'))} records, fewer than batch_size={config.batch_size}: lower it"
+            f"train has {problem.count('train')} records, fewer than batch_size={config.batch_size}: lower it"
         )
     return problem

@@ -41,7 +41,7 @@ class Classification(HeadProblem):
 class Regression(Classification):
     """A number for a text or a pair of texts. It is learned in units of train's spread, around train's mean."""
 
-    head, loss_fn, labels = "regression", staticmethod(regression_loss), ("score",)
+    head, loss_fn, names = "regression", staticmethod(regression_loss), ("score",)
 
     @cached_property
     def scale(self) -> tuple[float, float]:
@@ -69,7 +69,7 @@ class Candidates:
 class Choices(HeadProblem):
     """Which of several texts fits? Each choice is read behind the text."""
 
-    head, loss_fn, labels = "choice", staticmethod(choice_loss), ("score",)
+    head, loss_fn, names = "choice", staticmethod(choice_loss), ("score",)
 
     def make_examples(self, records: Sequence[Choice]) -> list[Candidates]:
         if len(counts := {len(record.choices) for record in records}) > 1:

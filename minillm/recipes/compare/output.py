@@ -116,7 +116,7 @@ def _blocks(
     machine: Mapping[str, Any],
 ) -> list[Block]:
     task = problem.task
-    sizes = ", ".join(f"{len(problem.records(split)):,} to {what}" for split, what in SPLITS.items())
+    sizes = ", ".join(f"{problem.count(split):,} to {what}" for split, what in SPLITS.items())
     return [
         Heading(f"{len(entries)} ways to tune {config.base} to {task.name}", 1),
         Paragraph(

@@ -4,7 +4,6 @@ import copy
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +38,11 @@ class Problem(ABC):
         self.pad_id = base.tokenizer.pad_id or 0  # a masked position may hold any id
         self._examples: dict[str, list[Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: with the examples to train on, and without the task, which cannot be pickled."""
+        self.examples("train")
+        return self.__dict__ | {"task": None}
+
     @abstractmethod
     def make_examples(self, records: Sequence[Record]) -> list[Any]:
         """What the model learns from, or is asked, one for each record."""
@@ -63,12 +67,14 @@ class Problem(ABC):
         """The files to lie beside an adapter."""
         return {}
 
+    def count(self, split: str) -> int:
+        """How many records of a split are used; they are not looked at."""
+        return min(len(self.task[split]), getattr(self.settings, f"{split}_records") or len(self.task[split]))
+
     def records(self, split: str) -> list[Record]:
         """The records of a split, or so many of them as the settings allow: the same for every method."""
-        records, most = list(self.task[split]), getattr(self.settings, f"{split}_records")
-        if not 0 < most < len(records):
-            return records
-        chosen = random.Random(self.settings.task_seed).sample(range(len(records)), most)
+        records = list(self.task[split])
+        chosen = random.Random(self.settings.task_seed).sample(range(len(records)), self.count(split))
         return [records[i] for i in sorted(chosen)]
 
     def references(self, split: str) -> list[Any]:
@@ -121,11 +127,11 @@ class HeadProblem(Problem):
     """A task that a new head answers, which trains beside whatever method."""
 
     head: str  # of minillm.models.HEADS
+    names: tuple[str, ...] = ()  # of what the head says, where the task has no labels
 
-    @cached_property
-    def labels(self) -> tuple[str, ...]:
-        """The names of what the head tells apart."""
-        return tuple(self.task.labels)
+    def __init__(self, base: Loaded, task: Task, config: CompareConfig):
+        super().__init__(base, task, config)
+        self.labels = self.names or tuple(task.labels)
 
     def new_model(self, seed: int) -> nn.Module:
         """With a new head, the same for every method that has this seed."""

@@ -27,7 +27,7 @@ class Reading(Example):
 class Questions(HeadProblem):
     """The answer is a part of the paragraph. What does not fit into `length` tokens is cut from the paragraph's end."""
 
-    head, loss_fn, labels = "span", staticmethod(span_loss), ("start", "end")
+    head, loss_fn, names = "span", staticmethod(span_loss), ("start", "end")
 
     def make_examples(self, records: Sequence[Question]) -> list[Reading]:
         return [self._example(record) for record in records]

@@ -140,7 +140,7 @@ def _identity(config: CompareConfig, problem: Problem, judge: Judge) -> dict[str
 
 
 def _introduction(config: CompareConfig, problem: Problem, judge: Judge, study: Study) -> str:
-    sizes = ", ".join(f"{len(problem.task[split]):,} to {what}" for split, what in output.SPLITS.items())
+    sizes = ", ".join(f"{problem.count(split):,} to {what}" for split, what in output.SPLITS.items())
     return (
         f"{len(study.rows)} methods on {config.base} and {problem.task.name} ({sizes}), judged by {judge.metric}: "
         f"{config.rates} rates each, {config.seeds} seeds, {config.steps} steps, at most {study.total()} runs"

@@ -166,7 +166,9 @@ def test_the_command(bases, tmp_path, capsys, no_costs, monkeypatch, task):
     assert "3 methods on" in out and "full fine-tuning" in out and "report.html" in out
     assert main([*words, "--quick"]) == 2  # another study: --quick draws fewer records
     assert "config.train_records: 2000 now, 0 then" in capsys.readouterr().err
-    assert main([*words[:-1], f"run={tmp_path / 'quick'}", "--quick"]) == 0
+    words = [word for word in words if not word.startswith("run=")] + [f"run={tmp_path / 'quick'}"]
+    assert main([*words, "test_records=8", "--quick"]) == 0
+    assert "24 to learn from, 12 to choose by, 8 to report" in capsys.readouterr().out
     saved = read_json(tmp_path / "quick" / "study.json")
     assert saved["config.steps"] == 4 and saved["config.points"] == 3 and saved["config.train_records"] == 2000
 
