@@ -12,6 +12,7 @@ from minillm.tokenizers.offsets import Span, offsets
 from minillm.training import span_loss
 
 LONGEST = 30  # tokens of an answer (Devlin et al. 2018's code has the same)
+MOST_LOST = 0.5  # of the answers, from which on the task is another one
 OUTSIDE = -100  # the place of an answer that was cut off
 
 
@@ -30,7 +31,14 @@ class Questions(HeadProblem):
     head, loss_fn, names = "span", staticmethod(span_loss), ("start", "end")
 
     def make_examples(self, records: Sequence[Question]) -> list[Reading]:
-        return [self._example(record) for record in records]
+        found = [self._example(record) for record in records]
+        lost = sum(example.labels == (OUTSIDE, OUTSIDE) for example in found)
+        if lost > len(found) * MOST_LOST:
+            raise ValueError(
+                f"length={self.settings.length}: {lost} of {len(found)} answers stand behind what fits into so many "
+                "tokens: raise it"
+            )
+        return found
 
     def _example(self, record: Question) -> Reading:
         question, context = self.tokenizer.encode(record.question), self.tokenizer.encode(record.context)

@@ -45,6 +45,8 @@ def compare(config: CompareConfig, task: Task | None = None) -> Path:
     rows = choose_rows(config.methods)
     base, place = find_base(config.base)
     problem = make_problem(base, task or find_task(config), config)
+    for split in ("train", "valid"):
+        problem.examples(split)  # refuses now what would make every run fail
     judge = Judge(problem.task, config.metric)
     judge.check(problem.perfect("valid"), problem.references("valid"), problem.groups("valid"))
     folder = Path(config.run or time.strftime("runs/compare-%Y%m%d-%H%M%S"))
@@ -143,5 +145,5 @@ def _introduction(config: CompareConfig, problem: Problem, judge: Judge, study: 
     sizes = ", ".join(f"{problem.count(split):,} to {what}" for split, what in output.SPLITS.items())
     return (
         f"{len(study.rows)} methods on {config.base} and {problem.task.name} ({sizes}), judged by {judge.metric}: "
-        f"{config.rates} rates each, {config.seeds} seeds, {config.steps} steps, at most {study.total()} runs"
+        f"rates to try: {config.rates}, seeds: {config.seeds}, steps: {config.steps}, at most {study.total()} runs"
     )

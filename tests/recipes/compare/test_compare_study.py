@@ -1,5 +1,6 @@
 """A study's folder: killed, resumed, shared by processes, and kept apart from other studies."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from minillm.files import read_json
-from minillm.recipes.compare import compare
+from minillm.recipes.compare import ROWS, compare
 from minillm.recipes.compare.claims import claim
+from minillm.recipes.compare.study import Study
 
 SCRIPT = Path(__file__).with_name("study_process.py")
 RUNS = 3 * (2 + 2)  # rows: two rates to choose from, two reported seeds
@@ -101,6 +103,24 @@ def test_the_same_call_does_nothing_again_and_more_may_be_asked_for(config, task
     }  # fmt: skip
 
 
+def test_what_another_process_did_meanwhile_is_not_done_again(tmp_path):
+    """Between listing what is to be done and claiming it."""
+    row = ROWS["lora"]
+    study = Study(tmp_path, {"task": "x"}, [row], rates=1, seeds=1)
+    study.describe_row(row, {"title": "LoRA", "rates": [1e-3]}, lambda: "")
+    (report, costs), done = study.jobs(), []
+
+    def execute(job, folder):
+        done.append(job)
+        return {}
+
+    assert study._attempt(report, execute) and not study._attempt(report, execute)
+    assert done == [report] and study.result(report) == {"row": "lora", "stage": "report"}
+    with claim(tmp_path / "locks" / "lora-costs") as mine:
+        assert mine and not study._attempt(costs, execute)
+    assert study._attempt(costs, execute) and done == [report, costs]
+
+
 def test_two_studies_in_one_folder(config, task, no_costs, bases):
     compare(config(seeds=1), task())
     for changes, other, named in (
@@ -115,12 +135,8 @@ def test_two_studies_in_one_folder(config, task, no_costs, bases):
 
 
 def test_a_row_that_has_changed_is_another(config, task, no_costs, monkeypatch):
-    from dataclasses import replace
-
-    from minillm.recipes.compare import ROWS
-
     compare(config(seeds=1), task())
-    monkeypatch.setitem(ROWS, "lora", replace(ROWS["lora"], rates=(1e-2, 1e-3, 1e-4)))
+    monkeypatch.setitem(ROWS, "lora", dataclasses.replace(ROWS["lora"], rates=(1e-2, 1e-3, 1e-4)))
     with pytest.raises(ValueError, match=r"holds another row 'lora'(.|\n)*rates: .0.01, 0.001. now"):
         compare(config(seeds=1), task())
 
