@@ -181,6 +181,11 @@ def _info(command: Command, arguments: Namespace) -> None:
     print(_load(command.recipe)(arguments.folder, override(_load(command.config)(), arguments.overrides)))
 
 
+def _compare(command: Command, arguments: Namespace) -> None:
+    default = _load("minillm.recipes.compare:quick") if arguments.quick else _load(command.config)
+    _load(command.recipe)(override(default(), arguments.overrides))
+
+
 def _methods(command: Command, arguments: Namespace) -> None:
     print(_load(command.recipe)(arguments.folder))
 
@@ -207,6 +212,7 @@ FACES = {
     "generate": _generate,
     "classify": _classify,
     "info": _info,
+    "compare": _compare,
     "methods": _methods,
     "tasks": _as_arguments,
     "kernels build": _as_arguments,

@@ -51,18 +51,18 @@ def find_targets(
 ) -> Found:
     """The layers of `model` that `targets` name, and the modules `trainable`; one ValueError lists all that is wrong.
 
-    A target is the end of a path, whole segments, or "all-linear": every linear layer but an output head. Two that mean
-    one module are refused: one of them is a mistake, or does nothing. `kind` says which modules count, `fits(name,
-    layer)` why one of them cannot be adapted (None: it can). `among` are further names, by field of the config, each of
-    which must mean one of the targets. `method` begins the error's first line.
+    A target is the end of a path, whole segments, or "all-linear": every linear layer but an output head and what is in
+    `trainable`. Two that mean one module are refused: one of them is a mistake, or does nothing. `kind` says which
+    modules count, `fits(name, layer)` why one of them cannot be adapted (None: it can). `among` are further names, by
+    field of the config, each of which must mean one of the targets. `method` begins the error's first line.
     """
     problems: list[str] = []
     modules = {name: (outer, own) for name, outer, own in base_modules(model)}
     layers = {name: own for name, (_, own) in modules.items() if kind(own)}
-    names = _names(modules, layers, targets, problems, kind_name)
+    roots = find(modules, trainable, problems, "module (in trainable)")
+    names = _names(modules, layers, targets, roots, problems, kind_name)
     for field, keys in (among or {}).items():
         find(names, list(keys), problems, f"target (in {field})")
-    roots = find(modules, trainable, problems, "module (in trainable)")
     whole = parameters_in(model, roots)
     misfits = _misfits(model, names, modules, layers, whole, kind_name, fits)
     problems += together(misfits)
@@ -98,7 +98,9 @@ def without_doubles(targets: Sequence[str]) -> list[str]:
     return [target for target in targets if not any(target.endswith(f".{other}") for other in targets)]
 
 
-def _names(modules: Mapping, layers: Mapping, targets: tuple[str, ...], problems: list[str], kind: str) -> list[str]:
+def _names(
+    modules: Mapping, layers: Mapping, targets: tuple[str, ...], roots: list[str], problems: list[str], kind: str
+) -> list[str]:
     if "" in layers:
         problems.append(
             f"it is a {kind} itself, and an adapter takes the place of one inside a model: put it into one, such as "
@@ -106,14 +108,15 @@ def _names(modules: Mapping, layers: Mapping, targets: tuple[str, ...], problems
         )
         return []
     find(modules, [t for t in targets if t != ALL_LINEAR], problems, "module", suggest=layers)
-    meant = {name: [t for t in targets if _means(t, name, layers.get(name))] for name in modules}
+    meant = {name: [t for t in targets if _means(t, name, layers.get(name), roots)] for name in modules}
     problems += together(_doubly(meant, modules))
     return [name for name in modules if meant[name]]
 
 
-def _means(target: str, name: str, layer: nn.Module | None) -> bool:
+def _means(target: str, name: str, layer: nn.Module | None, roots: Iterable[str]) -> bool:
     if target == ALL_LINEAR:
-        return layer is not None and is_linear(layer) and name.rpartition(".")[2] not in HEADS
+        other = name.rpartition(".")[2] in HEADS or inside(f"{name}.weight", roots)
+        return layer is not None and is_linear(layer) and not other
     return f".{name}".endswith(f".{target}")
 
 

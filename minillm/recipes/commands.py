@@ -58,6 +58,16 @@ COMMANDS = {
         "minillm.recipes.tune_config:TuneConfig",
         RESUME,
     ),
+    "compare": Command(
+        "one fair scoreboard of all methods, on one base and one task; several processes may share it",
+        "minillm compare base=tiny-encoder task=sentiment methods=all seeds=5 run=runs/sentiment\n"
+        "minillm compare base=tiny-encoder task=sentiment --quick\n"
+        "minillm compare base=runs/base task=reviews.csv methods=head,full,lora run=runs/reviews\n"
+        "torchrun --nproc_per_node=2 -m minillm compare base=tiny-encoder task=sentiment run=runs/sentiment",
+        "minillm.recipes.compare:compare",
+        "minillm.recipes.compare:CompareConfig",
+        {"--quick": {"action": "store_true", "help": "a first look in less than five minutes on two cores"}},
+    ),
     "methods": Command(
         "all ways of tuning, and what each would train in a model",
         "minillm methods\nminillm methods runs/base\nminillm methods llama-3.2-1b",

@@ -1,5 +1,6 @@
 """The head of a classifier beside its adapter: what `load` needs to build it again."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from minillm.config import from_dict, to_dict
 from minillm.files import read_json
 from minillm.models import HeadConfig, put_head
 from minillm.models.heads import Head
+from minillm.peft import FullConfig, Method, PartialConfig
 
 HEAD_FILE = "head.json"
 
@@ -16,10 +18,28 @@ HEAD_FILE = "head.json"
 def put_new_head(model: nn.Module, head: HeadConfig) -> Head:
     """A new head on the body of `model`, in the place of the head it has."""
     body = model.body if isinstance(model, Head) else model
-    for stack in (body, getattr(body, "decoder", None)):
-        if getattr(stack, "lm_head", None) is not None:
-            stack.lm_head = None
+    stack = getattr(body, "decoder", body)
+    if getattr(stack, "lm_head", None) is not None:
+        stack.lm_head = None
     return put_head(body, head)
+
+
+def reading(kind: str) -> dict[str, Any]:
+    """How a head reads a body of this kind: a decoder has read the whole text only at its last token."""
+    if kind == "encoder":
+        return {"pool": "first", "dense": "tanh"}
+    return {"pool": "last", "dense": None, "dropout": 0.0}
+
+
+def beside_head(model: nn.Module, chosen: Method) -> Method:
+    """The same method, with all that `model` has beside its body training in full."""
+    if isinstance(chosen, FullConfig):
+        return chosen
+    new = tuple(name for name, child in model.named_children() if name != "body" and list(child.parameters()))
+    if isinstance(chosen, PartialConfig):
+        modules = () if chosen.modules == PartialConfig().modules else chosen.modules
+        return dataclasses.replace(chosen, modules=tuple(dict.fromkeys((*modules, *new))))
+    return dataclasses.replace(chosen, trainable=tuple(dict.fromkeys((*chosen.trainable, *new))))
 
 
 def describe_head(model: Head, labels: list[str]) -> dict[str, Any]:

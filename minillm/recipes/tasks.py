@@ -1,6 +1,5 @@
 """What a model is tuned for: to continue texts, or to name their class. Both offer the same to `tune`."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -13,9 +12,9 @@ from minillm.data.loader import Loader
 from minillm.evaluation import evaluate
 from minillm.files import write_json
 from minillm.models import HeadConfig
-from minillm.peft import FullConfig, Method, PartialConfig
+from minillm.peft import Method
 from minillm.recipes.common import DataConfig, read_corpus, say, write_data
-from minillm.recipes.head import describe_head, put_new_head
+from minillm.recipes.head import beside_head, describe_head, put_new_head, reading
 from minillm.recipes.locate import Loaded
 from minillm.recipes.rows import Rows, padded
 from minillm.training import Evaluate, Loss, causal_lm_loss, classification_loss, world
@@ -77,7 +76,7 @@ class Classification:
         training, held_out = read_corpus(data)
         self.labels = sorted({document.completion for document in training})
         _check_labels(self.labels, held_out, data)
-        head = HeadConfig("classification", len(self.labels), **_reading(base.model.config.kind))
+        head = HeadConfig("classification", len(self.labels), **reading(base.model.config.kind))
         self.model, self.data = put_new_head(base.model, head), data
         self.choices = (len(self.labels), "class")
         self.pad_id = base.tokenizer.pad_id or 0  # a masked position may hold any id
@@ -102,13 +101,7 @@ class Classification:
 
     def method(self, chosen: Method) -> Method:
         """The same, with the head training beside it."""
-        if isinstance(chosen, FullConfig):
-            return chosen
-        new = tuple(name for name, child in self.model.named_children() if name != "body" and list(child.parameters()))
-        if isinstance(chosen, PartialConfig):
-            modules = () if chosen.modules == PartialConfig().modules else chosen.modules
-            return dataclasses.replace(chosen, modules=tuple(dict.fromkeys((*modules, *new))))
-        return dataclasses.replace(chosen, trainable=tuple(dict.fromkeys((*chosen.trainable, *new))))
+        return beside_head(self.model, chosen)
 
     def loader(self) -> Loader:
         data = self.data
@@ -128,13 +121,6 @@ class Classification:
 
     def beside(self) -> dict[str, Any]:
         return describe_head(self.model, self.labels)
-
-
-def _reading(kind: str) -> dict[str, Any]:
-    """How the head reads a body of this kind: a decoder has read the whole text only at its last token."""
-    if kind == "encoder":
-        return {"pool": "first", "dense": "tanh"}
-    return {"pool": "last", "dense": None, "dropout": 0.0}
 
 
 def _check_labels(labels: list[str], held_out: list[Document], data: DataConfig) -> None:

@@ -332,3 +332,17 @@ def test_a_deep_copy_is_tuned_too(decoder, tokens, perturb):
 )
 def test_collapse(names, short):
     assert collapse(names) == short
+
+
+def test_all_linear_leaves_out_what_trains_in_full():
+    """A new head of two linear layers, of which only one has a name that heads have."""
+
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.dense, self.classifier = nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    model = Headed()
+    assert LoraConfig(targets=("all-linear",)).plan(model).adapted == ("body.0", "dense")
+    plan = LoraConfig(targets=("all-linear",), trainable=("dense", "classifier")).plan(model)
+    assert plan.adapted == ("body.0",) and {"dense.weight", "classifier.bias"} <= plan.parameters.keys()
