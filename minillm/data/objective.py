@@ -76,7 +76,7 @@ class ObjectiveLoader(Loader):
                 f"a run with {objective!r} could not be resumed, its repr does not say what it does: make the "
                 "objective a frozen dataclass that extends Objective"
             )
-        self._begins, self._ends = self._pieces()
+        self.begins, self._ends = self._pieces()  # where in the corpus each row begins and ends
         self._start()
 
     def _pieces(self) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ class ObjectiveLoader(Loader):
 
     def rows(self, epoch: int) -> np.ndarray:
         """The numbers of the rows."""
-        return np.arange(len(self._begins))
+        return np.arange(len(self.begins))
 
     def batch(self, rows: np.ndarray, mine: slice) -> dict[str, Tensor]:
         return {name: values[mine] for name, values in self._drawn(rows, self.epoch, self.row).items()}
@@ -107,7 +107,7 @@ class ObjectiveLoader(Loader):
 
     def _drawn(self, rows: np.ndarray, epoch: int, end: int) -> dict[str, Tensor]:
         """The batch of `rows` that ends at place `end` of an epoch."""
-        texts = [self.token_file.tokens[self._begins[row] : self._ends[row]].astype(np.int64) for row in rows]
+        texts = [self.token_file.tokens[self.begins[row] : self._ends[row]].astype(np.int64) for row in rows]
         whole = [torch.from_numpy(np.concatenate([self.prefix, text, self.suffix])) for text in texts]
         tokens, mask = pad_rows(whole, self.token_file.meta.pad_id)
         seeds = np.random.SeedSequence([self.seed, epoch, end, 2])  # 2: not the streams that shuffle and move the cuts

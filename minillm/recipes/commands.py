@@ -59,6 +59,18 @@ COMMANDS = {
         },
         "minillm.recipes.bases.presets:preset",
     ),
+    "bases prepare": Command(
+        "make the training text, the held-out text and the tokenizer of the bases in the box from corpora's folders",
+        "minillm bases prepare language=english data=corpora/ out=runs/english",
+        "minillm.recipes.bases.prepare:prepare",
+        "minillm.recipes.bases.prepare:PrepareConfig",
+    ),
+    "bases export": Command(
+        "make a finished run of minillm pretrain a model in the box, with a card of how it came and how good it is",
+        "minillm bases export run=runs/tiny-encoder name=tiny-encoder manifest=runs/english/manifest.json",
+        "minillm.recipes.bases.export:export",
+        "minillm.recipes.bases.export:ExportConfig",
+    ),
     "tune": Command(
         "adapt a model to other text or to naming classes, by any of `minillm methods`; works under torchrun",
         "minillm tune base=runs/base method=lora data.train=notes.jsonl run=runs/notes\n"

@@ -1,8 +1,9 @@
 """What `minillm pretrain` asks of a model: the next token, tokens that are hidden, or spans that are cut out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,6 +92,23 @@ def _masked(tokenizer: Tokenizer, words: bool) -> MaskedLanguageModeling:
     return MaskedLanguageModeling(tokenizer.mask_id, tokenizer.vocab_size, special, words=boundaries)
 
 
+def gap_places(source: Sequence[int], target: Sequence[int], sentinels: Sequence[int]) -> Tensor:
+    """Where in the text the tokens stood that `target` gives back: between its sentinels, the final </s> left out."""
+    lengths: dict[int, int] = {}
+    for token in target[:-1]:
+        if token in sentinels:
+            gap = token
+            lengths[gap] = 0
+        else:
+            lengths[gap] += 1
+    places, place = [], 0
+    for token in source:
+        length = lengths.get(token)
+        places += range(place, place + (length or 0))
+        place += 1 if length is None else length
+    return torch.tensor(places, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class DenoisedRows(Rows):
     """Rows of text that `objective` corrupts, each time otherwise in training and always alike in measuring.
@@ -122,15 +140,33 @@ class DenoisedRows(Rows):
             labels = batch["labels"]
             yield {**batch, "labels": labels.masked_fill(sizes[labels.clamp(min=0)] == 0, IGNORE)}
 
+    def text_bytes(self) -> int:
+        """The UTF-8 bytes of the text that the labels stand for."""
+        sizes = self._sizes()
+        found = (batch["labels"] for batch in self.batches())
+        return sum(int(sizes[labels[labels != IGNORE]].sum()) for labels in found)
+
+    def text_places(self) -> np.ndarray:
+        """(N,) where in the file the labels of `text_batches` stand, in their order."""
+        begins, found = iter(self._loader(1).begins), []
+        for batch in self.batches():
+            for row, labels in enumerate(batch["labels"]):
+                counts = labels != IGNORE
+                if "source" in batch:
+                    at = gap_places(batch["source"][row].tolist(), labels[counts].tolist(), self.objective.sentinels)
+                else:
+                    at = counts.nonzero().squeeze(1) - len(self.affixes[0])
+                found.append(next(begins) + at.numpy())
+        places = np.concatenate(found)
+        return places[self._sizes().numpy()[self.file.tokens[places]] > 0]
+
     def _sizes(self) -> Tensor:
         """(V,) the UTF-8 bytes that each id stands for."""
         return torch.tensor([len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)])
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Loss over all labels, and bits per byte of the text among them: the pieces that were hidden or cut out."""
-        sizes = self._sizes()
-        found = (batch["labels"] for batch in self.batches())
-        num_bytes = sum(int(sizes[labels[labels != IGNORE]].sum()) for labels in found)
+        num_bytes = self.text_bytes()
         values = language_model_loss(model, self.batches(), loss_fn=self.loss_fn)
         text = language_model_loss(model, self.text_batches(), num_bytes=num_bytes, loss_fn=self.loss_fn)
         return values | {"bits_per_byte": text["bits_per_byte"], "text_tokens": text["tokens"], "text_bytes": num_bytes}

@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> Path:
             tokenizer = load_tokenizer(run / "tokenizer")
             config = _with_vocabulary(dataclasses.replace(config, run=str(run)), tokenizer)
             texts = [TokenFile.open(run / "data" / side, verify=resume) for side in ("train", "held_out")]
-            rows, held_out = _rows(config, tokenizer, texts)
+            rows, held_out = text_rows(config, tokenizer, texts)
             trainer = _trainer(config, run, tokenizer, rows, held_out)
             train(trainer, config, "pretrain", resume)
         from_main(lambda: _finish(trainer, tokenizer, held_out))
@@ -117,8 +117,8 @@ def _with_vocabulary(config: PretrainConfig, tokenizer: Tokenizer) -> PretrainCo
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **given))
 
 
-def _rows(config: PretrainConfig, tokenizer: Tokenizer, texts: Sequence[TokenFile]) -> list[Rows]:
-    """The texts as the objective's rows."""
+def text_rows(config: PretrainConfig, tokenizer: Tokenizer, texts: Sequence[TokenFile]) -> list[Rows]:
+    """The texts as rows of the objective, for training and for measuring."""
     one_each, loss = padded(texts[0], config.data), KINDS[config.objective].loss
     if config.objective == "next":
         return [Rows(file, config.data, one_each) for file in texts]

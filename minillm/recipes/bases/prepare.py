@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minillm.data import Document, corpus_summary
+from minillm.evaluation.baselines import compressed_bits_per_byte
 from minillm.files import atomic_folder, atomic_write, write_json
 from minillm.recipes.bases.corpora import LANGUAGES, Work, read_books
 from minillm.recipes.common import say
@@ -17,26 +19,37 @@ VOCAB_SIZE = 8192
 REPEAT = 80  # characters: a shorter paragraph may stand in two works by chance
 
 
-def prepare(language: str, data: str, out: str) -> Path:
-    """Write train.jsonl, held_out.jsonl, manifest.json and a tokenizer to the folder `out`; returns it.
+@dataclass(frozen=True)
+class PrepareConfig:
+    """`minillm bases prepare`."""
 
-    `data` holds the corpora's folders, those named in `corpora.LANGUAGES`. What stands in the held-out works is taken
-    out of the training text, paragraph by paragraph. The tokenizer learns from the training text alone.
+    language: Literal["english", "slovene"] = "english"
+    data: str = ""  # the folder that holds those of the corpora
+    out: str = ""  # the folder to write
+
+
+def prepare(config: PrepareConfig) -> Path:
+    """Write train.jsonl, held_out.jsonl, manifest.json and a tokenizer to the folder `config.out`; returns it.
+
+    `config.data` holds the corpora's folders, those named in `corpora.LANGUAGES`. What stands in the held-out works is
+    taken out of the training text, paragraph by paragraph. The tokenizer learns from the training text alone.
     """
-    if language not in LANGUAGES:
-        raise ValueError(f"language={language}: there are {', '.join(LANGUAGES)}")
-    readers, root = LANGUAGES[language], Path(data)
+    readers, root, out = LANGUAGES[config.language], Path(config.data), config.out
+    wrong = [f"{name}=: which folder?" for name in ("data", "out") if not getattr(config, name)]
     if missing := [name for name in readers if not (root / name).is_dir()]:
-        raise ValueError(
-            f"data={data} lacks the folders {', '.join(missing)}: {language} is made of {', '.join(readers)}"
+        wrong.append(
+            f"data={config.data} lacks {', '.join(missing)}: {config.language} is made of {', '.join(readers)}"
         )
+    if wrong:
+        raise ValueError("the text cannot be prepared: " + "; ".join(wrong))
     held_out = list(read_books(root / next(iter(readers)), held_out=True))
     works, dropped = without((work for name, reader in readers.items() for work in reader(root / name)), held_out)
     training = [Document(work.title, work.text) for work in works]
     tokenizer = SentencePieceTokenizer.train(
         [document.text for document in training], VOCAB_SIZE, special_symbols=(MASK, *SENTINELS)
     )
-    manifest = {"language": language, "paragraphs_dropped_as_held_out": dropped}
+    manifest = {"language": config.language, "paragraphs_dropped_as_held_out": dropped}
+    manifest["compressed_bits_per_byte"] = compressors(works, held_out)
     with atomic_folder(out) as folder:
         for name, side in (("train", works), ("held_out", held_out)):
             documents = [Document(work.title, work.text) for work in side]
@@ -50,6 +63,13 @@ def prepare(language: str, data: str, out: str) -> Path:
     files = f"data.train={quote(Path(out) / 'train.jsonl')} data.held_out={quote(Path(out) / 'held_out.jsonl')}"
     say(f"Train on it: minillm pretrain --preset NAME {files} tokenizer.folder={quote(out)} run=FOLDER")
     return Path(out)
+
+
+def compressors(works: Sequence[Work], held_out: Sequence[Work]) -> dict[str, float]:
+    """What compressors need for a byte of the held-out works: alone, and xz also after the training text."""
+    known, text = ("\n".join(work.text for work in side).encode() for side in (works, held_out))
+    found = {how: compressed_bits_per_byte(text, how) for how in ("gzip", "xz")}
+    return found | {"xz_after_the_training_text": compressed_bits_per_byte(text, "xz", known)}
 
 
 def without(works: Iterable[Work], held_out: Sequence[Work]) -> tuple[list[Work], int]:
