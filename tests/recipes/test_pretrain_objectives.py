@@ -12,14 +12,13 @@ import pytest
 import torch
 
 import minillm
-from minillm.data import TokenFile
 from minillm.files import read_json
 from minillm.models import EncoderDecoder, MaskedLM
 from minillm.ops import IGNORE
 from minillm.recipes import pretrain as recipe
 from minillm.recipes.common import saved_config
 from minillm.recipes.objective import MASK, SENTINELS, gap_places
-from minillm.recipes.pretrain import PretrainConfig, text_rows
+from minillm.recipes.pretrain import PretrainConfig
 from minillm.tokenizers import load_tokenizer
 from minillm.training import ProgressBar, Records
 
@@ -51,13 +50,6 @@ def trained(words, cli, tmp_path):
     return run
 
 
-def held_out(run):
-    """The run's held-out rows, its tokenizer and its model."""
-    config, tokenizer = saved_config(PretrainConfig, run, "pretrain"), load_tokenizer(run / "model")
-    files = [TokenFile.open(run / "data" / side) for side in ("train", "held_out")]
-    return text_rows(config, tokenizer, files)[1], tokenizer, minillm.load(run / "model")
-
-
 @torch.no_grad()
 def by_hand(model, batch, row: int) -> list[float]:
     """-log p of each label of a row, by the model's logits."""
@@ -70,7 +62,7 @@ def by_hand(model, batch, row: int) -> list[float]:
 
 @pytest.mark.parametrize("rows", ["packed", "padded"])
 @pytest.mark.parametrize("objective", KINDS)
-def test_a_run_is_measured_on_what_its_model_was_asked(objective, rows, trained):
+def test_a_run_is_measured_on_what_its_model_was_asked(objective, rows, trained, held_out):
     run = trained(objective, f"data.rows={rows}")
     data, tokenizer, model = held_out(run)
     assert isinstance(model, {"masked": MaskedLM, "spans": EncoderDecoder}[objective])
@@ -93,7 +85,7 @@ def test_a_run_is_measured_on_what_its_model_was_asked(objective, rows, trained)
 
 @pytest.mark.parametrize("rows", ["packed", "padded"])
 @pytest.mark.parametrize("objective", KINDS)
-def test_the_places_asked_for_are_those_of_the_labels(objective, rows, trained):
+def test_the_places_asked_for_are_those_of_the_labels(objective, rows, trained, held_out):
     data, tokenizer, _ = held_out(trained(objective, f"data.rows={rows}", "train.steps=1"))
     labels = torch.cat([batch["labels"][batch["labels"] != IGNORE] for batch in data.text_batches()]).numpy()
     if objective == "spans":  # sentinels and the ends of the targets are left out
@@ -106,7 +98,7 @@ def test_gaps_by_hand():
     assert gap_places([5, 100, 8, 101, 1], [100, 6, 7, 101, 9, 1], (100, 101, 102)).tolist() == [1, 2, 4]
 
 
-def test_measuring_is_alike_and_training_is_not(trained):
+def test_measuring_is_alike_and_training_is_not(trained, held_out):
     run = trained("masked", "train.steps=1")
     data, *_ = held_out(run)
     first, second = ([batch["labels"] for batch in data.batches()] for _ in range(2))
@@ -119,7 +111,7 @@ def test_measuring_is_alike_and_training_is_not(trained):
     assert len(rows) > 1.5 * len(loader.begins)  # three epochs, and each hides other tokens
 
 
-def test_an_encoder_reads_rows_as_it_will_read_texts(trained):
+def test_an_encoder_reads_rows_as_it_will_read_texts(trained, held_out):
     data, tokenizer, _ = held_out(trained("masked", "train.steps=1"))
     batch = next(data.batches())
     assert (batch["tokens"][:, 0] == tokenizer.bos_id).all() and (batch["tokens"][0, -1] == tokenizer.eos_id)
@@ -144,7 +136,7 @@ def test_special_symbols_that_are_asked_for(trained):
     assert {"<user>", MASK} <= set(tokenizer.special_ids) and tokenizer.mask_id == tokenizer.special_ids[MASK]
 
 
-def test_whole_words_are_hidden_whole(trained):
+def test_whole_words_are_hidden_whole(trained, held_out):
     run = trained("masked", "whole_words=true", "tokenizer.kind=bpe", "tokenizer.vocab_size=330")
     data, tokenizer, _ = held_out(run)
     parts = 0
