@@ -1,4 +1,4 @@
-"""The corpora behind the bases, their preparation, and a base made of a run: on files of the same form, and real ones."""
+"""The corpora behind the bases, their preparation, and a base made of a run: files of the same form, and real ones."""
 
 import gzip
 import os
