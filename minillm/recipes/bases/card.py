@@ -1,5 +1,6 @@
 """The card of a model in the box: what it is, what it learned from, how well, and at what cost."""
 
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -32,43 +33,44 @@ def write_card(folder: Path, name: str, model: ModelConfig, facts: dict[str, Any
     """README.md, from the facts of card.json and the manifest."""
     what, measured, note = TASKS[facts["objective"]]
     train, environment = facts["training"], facts["environment"]
-    hours = f"{train['seconds'] / 60:.0f} minutes" if train["seconds"] >= 90 else f"{train['seconds']} seconds"
-    hardware = ", ".join(environment["gpus"]) or f"{environment['threads']} thread of {environment['processor']}"
-    shape = f"{model.num_layers} layers of {model.hidden_size} features and {model.num_heads} heads"
-    text = f"""# {name}
+    about = f"""{what} {model.num_layers} layers of {model.hidden_size} features and {model.num_heads} heads,
+        {model.vocab_size} pieces, texts of at most {model.max_positions} of them. A small model for learning and for
+        experiments: it knows the words and the grammar of old books, and little of the world. It is not fit to decide
+        anything about people."""
+    made = f"""{train["steps"]:,} steps of {train["batch_size"]} rows of {train["length"]} pieces, {train["labels"]:,}
+        of them predicted, in {_duration(train["seconds"])} on {_hardware(environment)}, in {train["precision"]}, with
+        torch {environment["torch"]}; commit {environment["commit"]}. The training curve, all settings and the
+        environment are in `card.json`."""
+    text = f"""{manifest["language"].capitalize()}. Every work is in `works.tsv` with its source, licence, SHA-256 and
+        size; the texts themselves are not part of minillm. The held-out works were never seen in training."""
+    parts = [
+        f"# {name}",
+        _paragraph(about),
+        "```python\nimport minillm\nfrom minillm.tokenizers import load_tokenizer\n\n"
+        f'model, tokenizer = minillm.load("{name}"), load_tokenizer("{name}")\n```',
+        "## How well it predicts",
+        _paragraph(f"{measured.format(**train)}; fewer are better. {note}"),
+        _table(("model", "bits per byte"), _results(facts)),
+        "## How it was trained",
+        _paragraph(made),
+        "## What it learned from",
+        _paragraph(text),
+        _table(("part", "works", "bytes", "licences"), _parts(manifest)),
+    ]
+    atomic_write(folder / "README.md", "\n\n".join(parts) + "\n")
 
-{what} {shape}, {model.vocab_size} pieces, texts of at most {model.max_positions} of them. A small model for learning
-and for experiments: it knows the words and the grammar of old books, and little of the world. Not for use on people.
 
-```python
-import minillm
-from minillm.tokenizers import load_tokenizer
+def _paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False)
 
-model, tokenizer = minillm.load("{name}"), load_tokenizer("{name}")
-```
 
-## How well it predicts
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
-{measured.format(**train)}; fewer are better.
 
-{_table(("model", "bits per byte"), _results(facts))}
-
-{note}
-
-## How it was trained
-
-{train["steps"]:,} steps of {train["batch_size"]} rows of {train["length"]} pieces, {train["labels"]:,} of them
-predicted; {hours} on {hardware}, {train["precision"]}, torch {environment["torch"]}, commit {environment["commit"]}.
-`card.json` has the training curve, all settings and the environment.
-
-## What it learned from
-
-{manifest["language"].capitalize()}; every work with its source, licence, SHA-256 and size is in `works.tsv`. The texts
-themselves are not part of minillm. The held-out works were never seen in training.
-
-{_table(("part", "works", "bytes", "licences"), _parts(manifest))}
-"""
-    atomic_write(folder / "README.md", text)
+def _hardware(environment: dict[str, Any]) -> str:
+    threads = f"{environment['threads']} thread{'s' if environment['threads'] > 1 else ''}"
+    return ", ".join(environment["gpus"]) or f"{threads} of a CPU ({environment['processor']})"
 
 
 def _results(facts: dict[str, Any]) -> list[tuple[str, str]]:
