@@ -17,6 +17,7 @@ from minillm.tokenizers import Tokenizer
 from minillm.training import Loss, causal_lm_loss, masked_lm_loss, seq2seq_loss, world
 
 MASK = "<mask>"
+RATE = 0.15  # of the tokens are hidden or cut out: BERT's and T5's share, and the one that is measured
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(32))  # T5's names; enough for the 26 spans of 512 tokens
 
 
@@ -52,21 +53,23 @@ def new_model(config: ModelConfig) -> nn.Module:
     return build_with_head(config, HeadConfig(task="masked_lm")) if config.kind == "encoder" else build(config)
 
 
-def make_objective(name: str, tokenizer: Tokenizer, model: ModelConfig, length: int, words: bool) -> Objective:
+def make_objective(
+    name: str, tokenizer: Tokenizer, model: ModelConfig, length: int, *, words: bool, rate: float = RATE
+) -> Objective:
     """The denoising objective `name`; ValueError where the tokenizer lacks what it needs."""
     if name == "masked":
-        return _masked(tokenizer, words)
+        return _masked(tokenizer, words, rate)
     sentinels: list[int] = []
     while (found := tokenizer.special_ids.get(f"<extra_id_{len(sentinels)}>")) is not None:
         sentinels.append(found)
-    if len(sentinels) < (needed := span_counts(length)[1] + 1):  # where a row is cut short, one more closes it
+    if len(sentinels) < (needed := span_counts(length, rate)[1] + 1):  # where a row is cut short, one more closes it
         raise ValueError(
-            f"objective=spans cuts up to {needed} spans out of data.length={length} tokens, and the tokenizer has "
-            f"{len(sentinels)} sentinels (<extra_id_0>, ...): shorten the rows, or give it more with "
+            f"objective=spans with hide={rate} cuts up to {needed} spans out of data.length={length} tokens, and the "
+            f"tokenizer has {len(sentinels)} sentinels (<extra_id_0>, ...): shorten the rows, or give it more with "
             "tokenizer.special_symbols"
         )
     ids = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id, model.decoder_start_id
-    return SpanCorruption(tuple(sentinels), *ids)
+    return SpanCorruption(tuple(sentinels), *ids, noise_density=rate)
 
 
 def affixes(name: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -78,7 +81,7 @@ def affixes(name: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int
     return row[: row.index(marker)], row[row.index(marker) + 1 :]
 
 
-def _masked(tokenizer: Tokenizer, words: bool) -> MaskedLanguageModeling:
+def _masked(tokenizer: Tokenizer, words: bool, rate: float) -> MaskedLanguageModeling:
     if tokenizer.mask_id is None:
         raise ValueError(
             f"objective=masked needs a token that hides others, and the tokenizer has no {MASK}: let it be trained "
@@ -89,7 +92,7 @@ def _masked(tokenizer: Tokenizer, words: bool) -> MaskedLanguageModeling:
         pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size)]
         boundaries = WordBoundaries(pieces, "##" if any(piece.startswith("##") for piece in pieces) else "▁")
     special = tuple(sorted(tokenizer.special_ids.values()))
-    return MaskedLanguageModeling(tokenizer.mask_id, tokenizer.vocab_size, special, words=boundaries)
+    return MaskedLanguageModeling(tokenizer.mask_id, tokenizer.vocab_size, special, rate, words=boundaries)
 
 
 def gap_places(source: Sequence[int], target: Sequence[int], sentinels: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ from minillm.recipes.common import (
     write_data,
 )
 from minillm.recipes.locate import quote
-from minillm.recipes.objective import DEFAULTS, KINDS, DenoisedRows, affixes, make_objective, misfit, new_model
+from minillm.recipes.objective import DEFAULTS, KINDS, RATE, DenoisedRows, affixes, make_objective, misfit, new_model
 from minillm.recipes.rows import Rows, padded
 from minillm.recipes.tokenizer import TokenizerConfig, make_tokenizer
 from minillm.tokenizers import Tokenizer, load_tokenizer
@@ -45,6 +45,7 @@ class PretrainConfig:
     run: str = ""  # the folder to write; when empty, runs/pretrain-<date>-<time>
     seed: int = 0  # of the initial weights
     objective: Literal["next", "masked", "spans"] | None = None  # next, masked or spans; none: as model.kind asks
+    hide: float = RATE  # of masked and spans: the share of the tokens hidden in training; measured is always 0.15
     whole_words: bool = False  # of masked: hide words with all their pieces
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -57,6 +58,10 @@ class PretrainConfig:
         wrong = seed_flaw(self.seed) + misfit(self.objective, self.model)
         if self.whole_words and self.objective != "masked":
             wrong.append(f"whole_words=true is for objective=masked, not {self.objective}: leave it out")
+        if self.hide != RATE and self.objective == "next":
+            wrong.append(f"hide={self.hide} is for objective=masked and spans, not next: leave it out")
+        if not 0 < self.hide < 1:
+            wrong.append(f"hide={self.hide}: a share between 0 and 1")
         if self.data.isolate_documents and self.objective != "next":
             wrong.append(
                 "data.isolate_documents=true is for objective=next; data.rows=padded keeps documents apart too"
@@ -118,7 +123,7 @@ def _with_vocabulary(config: PretrainConfig, tokenizer: Tokenizer) -> PretrainCo
 
 
 def text_rows(config: PretrainConfig, tokenizer: Tokenizer, texts: Sequence[TokenFile]) -> list[Rows]:
-    """The texts as rows of the objective, for training and for measuring."""
+    """The two texts as rows of the objective, for training and for measuring."""
     one_each, loss = padded(texts[0], config.data), KINDS[config.objective].loss
     if config.objective == "next":
         return [Rows(file, config.data, one_each) for file in texts]
@@ -133,8 +138,12 @@ def text_rows(config: PretrainConfig, tokenizer: Tokenizer, texts: Sequence[Toke
             f"data.length={config.data.length} and the special tokens around each row make {longest} tokens, more than "
             f"model.max_positions={config.model.max_positions}: shorten the rows or raise the positions"
         )
-    objective = make_objective(config.objective, tokenizer, config.model, config.data.length, config.whole_words)
-    return [DenoisedRows(file, config.data, one_each, loss, objective, tokenizer, around) for file in texts]
+    named = config.objective, tokenizer, config.model, config.data.length
+    objectives = [make_objective(*named, words=config.whole_words, rate=rate) for rate in (config.hide, RATE)]
+    return [
+        DenoisedRows(file, config.data, one_each, loss, objective, tokenizer, around)
+        for file, objective in zip(texts, objectives, strict=True)
+    ]
 
 
 def _trainer(config: PretrainConfig, run: Path, tokenizer: Tokenizer, rows: Rows, held_out: Rows) -> Trainer:

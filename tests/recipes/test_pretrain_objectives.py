@@ -111,6 +111,20 @@ def test_measuring_is_alike_and_training_is_not(trained, held_out):
     assert len(rows) > 1.5 * len(loader.begins)  # three epochs, and each hides other tokens
 
 
+@pytest.mark.parametrize("objective", KINDS)
+def test_more_may_be_hidden_in_training_but_as_much_is_measured(objective, trained, held_out):
+    run = trained(objective, "hide=0.4", "train.log_every=1")
+    data, *_ = held_out(run)
+    records = [record for record in Records(run / "metrics.jsonl").read() if "loss" in record]
+    tokens = records[-1]["tokens"]  # of 6 steps of 4 rows of 32
+    if objective == "spans":
+        assert tokens == 6 * 4 * (13 + 4 + 1)  # round(12.8) tokens in round(13 / 3) spans, each with a sentinel; </s>
+    else:
+        assert abs(tokens - 0.4 * 6 * 4 * 32) < 60  # 3 sigma are 40
+    report = read_json(run / "report.json")["held_out"]
+    assert abs(report["text_tokens"] - 0.15 * len(data.file)) < 0.04 * len(data.file)
+
+
 def test_an_encoder_reads_rows_as_it_will_read_texts(trained, held_out):
     data, tokenizer, _ = held_out(trained("masked", "train.steps=1"))
     batch = next(data.batches())
@@ -201,13 +215,15 @@ def test_two_processes_pretrain_as_one(objective, words, cli, tmp_path):
         ("masked", ["data.length=48"], "data.length=48 and the special tokens around each row make 50 tokens, more "
          "than model.max_positions=48"),
         ("masked", ["data.isolate_documents=true"], "isolate_documents=true is for objective=next"),
+        ("masked", ["model.kind=decoder", "hide=0.3"], "hide=0.3 is for objective=masked and spans, not next"),
+        ("spans", ["hide=1"], "hide=1.0: a share between 0 and 1"),
         ("spans", ["whole_words=true"], "whole_words=true is for objective=masked, not spans"),
         ("masked", ["whole_words=true"], "none of the 260 pieces begins with"),
         ("masked", ["data.train={notes}"], "objective=masked learns from plain text, and data.train has prompts"),
         ("masked", ["tokenizer.kind=bpe", "tokenizer.special_symbols=<a>", "tokenizer.folder={base}"],
          "uses a tokenizer as it is: leave special_symbols out"),
         ("spans", ["data.length=700", "model.max_positions=800", "data.batch_size=1"],
-         "cuts up to 36 spans out of data.length=700 tokens, and the tokenizer has 32 sentinels"),
+         "hide=0.15 cuts up to 36 spans out of data.length=700 tokens, and the tokenizer has 32 sentinels"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(objective, more, match, words, cli, texts, base, tmp_path):

@@ -101,6 +101,7 @@ def _story(run: Path, trained: PretrainConfig) -> dict[str, Any]:
     described = {"steps": report["steps"], "labels": report["tokens"], "seconds": round(report["seconds"])}
     settings = {name: getattr(trained.train, name) for name in ("lr", "warmup_ratio", "weight_decay", "precision")}
     rows = {"length": trained.data.length, "batch_size": trained.data.batch_size}
+    rows |= {"hide": trained.hide} if trained.objective != "next" else {}
     return {
         "objective": trained.objective,
         "training": described | rows | settings,
