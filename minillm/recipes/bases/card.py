@@ -18,13 +18,13 @@ TASKS = {
     ),
     "masked": (
         "An encoder: it names pieces that are hidden from it, seeing both sides.",
-        "Bits per byte of the hidden pieces: 15 % of the held-out works, drawn once (in training {hide:.0%} were hidden)",
+        "Bits per byte of the hidden pieces: 15 % of the held-out works, drawn once; in training {hide:.0%}",
         "The n-grams predict exactly the same pieces, from the true text on their left.",
     ),
     "spans": (
         "An encoder-decoder: it writes what stood in the gaps of a text.",
-        "Bits per byte of the pieces cut out: 15 % of the held-out works, in spans of 3 on average, drawn once "
-        "(in training {hide:.0%} were cut out)",
+        "Bits per byte of the pieces cut out: 15 % of the held-out works, in spans of 3 on average, drawn once; "
+        "in training {hide:.0%}",
         "The n-grams predict exactly the same pieces, from the true text on their left.",
     ),
 }
