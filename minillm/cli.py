@@ -148,11 +148,14 @@ def _load(path: str) -> Any:
 
 def _recipe(command: Command, arguments: Namespace) -> None:
     """Call the recipe with its config: the defaults, or for --resume the run's own, and the overrides."""
-    default, recipe = _load(command.config)(), _load(command.recipe)
+    named = getattr(arguments, "preset", None)
+    default, recipe = _load(command.presets)(named) if named else _load(command.config)(), _load(command.recipe)
     if "resume" not in arguments:
         recipe(override(default, arguments.overrides))
         return
     run = next((o.partition("=")[2] for o in reversed(arguments.overrides) if o.startswith("run=")), "")
+    if arguments.resume and named:
+        raise ValueError(f"--preset {named} has no effect on a run that goes on: leave it out")
     if arguments.resume and run:
         from minillm.recipes.common import saved_config
 

@@ -1,7 +1,7 @@
 """What a denoising objective is, and the loader that applies one anew to every row in every epoch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ class ObjectiveLoader(Loader):
                 f"a run with {objective!r} could not be resumed, its repr does not say what it does: make the "
                 "objective a frozen dataclass that extends Objective"
             )
-        self._begins, self._ends = self._pieces()
+        self.begins, self._ends = self._pieces()  # where in the corpus each row begins and ends
         self._start()
 
     def _pieces(self) -> tuple[np.ndarray, np.ndarray]:
@@ -91,19 +91,28 @@ class ObjectiveLoader(Loader):
 
     def rows(self, epoch: int) -> np.ndarray:
         """The numbers of the rows."""
-        return np.arange(len(self._begins))
+        return np.arange(len(self.begins))
 
     def batch(self, rows: np.ndarray, mine: slice) -> dict[str, Tensor]:
-        texts = [self.token_file.tokens[self._begins[row] : self._ends[row]].astype(np.int64) for row in rows]
+        return {name: values[mine] for name, values in self._drawn(rows, self.epoch, self.row).items()}
+
+    def one_pass(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Every row once, in corpus order, for evaluation: the same at each call, wherever this loader stands.
+
+        The last batch may have fewer rows.
+        """
+        rows = self.rows(0)
+        for end in range(batch_size, len(rows) + batch_size, batch_size):
+            yield self._drawn(rows[end - batch_size : end], 0, end)
+
+    def _drawn(self, rows: np.ndarray, epoch: int, end: int) -> dict[str, Tensor]:
+        """The batch of `rows` that ends at place `end` of an epoch."""
+        texts = [self.token_file.tokens[self.begins[row] : self._ends[row]].astype(np.int64) for row in rows]
         whole = [torch.from_numpy(np.concatenate([self.prefix, text, self.suffix])) for text in texts]
         tokens, mask = pad_rows(whole, self.token_file.meta.pad_id)
-        batch = self.objective(tokens, mask, self._generator())
-        return {name: values[mine] for name, values in batch.items()}
-
-    def _generator(self) -> torch.Generator:
-        """Of the batch that ends at this place; 2 keeps it apart from the streams that shuffle and move the cuts."""
-        seeds = np.random.SeedSequence([self.seed, self.epoch, self.row, 2])
-        return torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        seeds = np.random.SeedSequence([self.seed, epoch, end, 2])  # 2: not the streams that shuffle and move the cuts
+        generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        return self.objective(tokens, mask, generator)
 
     def identity(self) -> dict[str, Any]:
         own = {"packed": self.packed, "prefix": self.prefix.tolist(), "suffix": self.suffix.tolist()}

@@ -1,19 +1,25 @@
 """How well a language model predicts text it has not seen."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from minillm.training import causal_lm_loss
+from minillm.training import Loss, causal_lm_loss
 
 
 @torch.no_grad()
 def language_model_loss(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, num_bytes: int | None = None
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    num_bytes: int | None = None,
+    loss_fn: Callable[[nn.Module, Mapping[str, Tensor]], Loss] = causal_lm_loss,
 ) -> dict[str, float]:
     """Mean loss in nats per token over all `batches`, perplexity = e^loss, and the number of tokens they count.
+
+    `loss_fn` is the one of the model's kind: `masked_lm_loss` and `seq2seq_loss` count hidden or written tokens.
 
     With `num_bytes`, the UTF-8 bytes of the text that the counted tokens spell, also bits_per_byte = total nats /
     (ln 2 num_bytes), which compares models whose tokenizers differ (Gao et al. 2020, arXiv:2101.00027, section 3.1).
@@ -24,7 +30,7 @@ def language_model_loss(
     device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        losses = [causal_lm_loss(model, {name: x.to(device) for name, x in batch.items()}) for batch in batches]
+        losses = [loss_fn(model, {name: x.to(device) for name, x in batch.items()}) for batch in batches]
     finally:
         model.train(training)
     tokens = sum(int(loss.weight) for loss in losses)

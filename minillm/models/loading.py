@@ -10,6 +10,7 @@ from torch import nn
 from minillm.files import read_json
 from minillm.models.families.load import load_hf
 from minillm.models.io import load_model
+from minillm.shipped import find_shipped, near_shipped, shipped_name
 
 _WEIGHTS, _PICKLED = (
     ("*.safetensors", "*.safetensors.index.json"),
@@ -27,18 +28,21 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> nn.Module:
-    """A model in eval mode, from a folder that minillm or transformers wrote, or from the Hugging Face Hub.
+    """A model in eval mode: one that minillm ships, from a folder that it or transformers wrote, or from the Hub.
 
-    `name` is a folder, or "org/name" on the Hub, which is downloaded into the Hub's own cache if the `hub` extra is
-    installed (`revision`: a branch, tag or commit there). `task` and `num_labels` ask for another head than the Hub's
-    checkpoint has: see `families.load.load_hf`. `dtype` is that of the file unless given.
+    `name` is that of a shipped model (`minillm.shipped.shipped_models()`), a folder, or "org/name" on the Hub, which is
+    downloaded into the Hub's own cache if the `hub` extra is installed (`revision`: a branch, tag or commit there).
+    `task` and `num_labels` ask for another head than the Hub's checkpoint has: see `families.load.load_hf`. `dtype` is
+    that of the file unless given; of a shipped model, kept in bfloat16 to be small, it is float32.
     Raises ValueError for what cannot be loaded, with everything that is wrong with it.
     """
     _check_place(device, dtype)
-    folder = Path(name)
+    folder = find_shipped(name)
     if not folder.is_dir():
         folder = _download(str(name), revision)
     _refuse_others(folder)
+    if dtype is None and shipped_name(folder):
+        dtype = torch.float32
     described = read_json(folder / "config.json")
     if isinstance(described, dict) and "format" in described:
         if task is not None or num_labels is not None:
@@ -78,7 +82,9 @@ def _download(name: str, revision: str | None) -> Path:
     if Path(name).exists():
         raise ValueError(f"{name} is a file: give the folder that holds it and its config.json")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise ValueError(f"{name} is no folder (working folder: {os.getcwd()}), and no name on the Hub: org/name")
+        raise ValueError(
+            f"{name} is no folder (working folder: {os.getcwd()}), and no name on the Hub: org/name{near_shipped(name)}"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -14,6 +14,7 @@ class Command:
     recipe: str
     config: str = ""
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # besides key=value, as argparse wants it
+    presets: str = ""  # the function that gives the config for the name behind --preset, "module:name"
 
 
 RESUME = {"--resume": {"action": "store_true", "help": "continue the run in run=FOLDER exactly where it was stopped"}}
@@ -44,10 +45,31 @@ COMMANDS = {
         "train a language model on text of your own; works under torchrun",
         "minillm pretrain data.train=my_folder/ run=runs/base train.steps=2000\n"
         "minillm pretrain run=runs/base --resume\n"
+        "minillm pretrain model.kind=encoder data.train=my_folder/ run=runs/encoder\n"
+        "minillm pretrain --preset nano-decoder data.train=my_folder/ run=runs/nano\n"
         "torchrun --nproc_per_node=2 -m minillm pretrain data.train=my_folder/ run=runs/base",
         "minillm.recipes.pretrain:pretrain",
         "minillm.recipes.pretrain:PretrainConfig",
-        RESUME,
+        {
+            **RESUME,
+            "--preset": {
+                "metavar": "NAME",
+                "help": "begin from a base's config: tiny- or nano- with encoder, decoder or encdec, tiny-encoder-sl",
+            },
+        },
+        "minillm.recipes.bases.presets:preset",
+    ),
+    "bases prepare": Command(
+        "make the training text, the held-out text and the tokenizer of the bases in the box from corpora's folders",
+        "minillm bases prepare language=english data=corpora/ out=runs/english",
+        "minillm.recipes.bases.prepare:prepare",
+        "minillm.recipes.bases.prepare:PrepareConfig",
+    ),
+    "bases export": Command(
+        "make a finished run of minillm pretrain a model in the box, with a card of how it came and how good it is",
+        "minillm bases export run=runs/tiny-encoder name=tiny-encoder manifest=runs/english/manifest.json",
+        "minillm.recipes.bases.export:export",
+        "minillm.recipes.bases.export:ExportConfig",
     ),
     "tune": Command(
         "adapt a model to other text or to naming classes, by any of `minillm methods`; works under torchrun",

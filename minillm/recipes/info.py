@@ -16,9 +16,10 @@ from minillm.models.cards import CARDS, find_card
 from minillm.models.families.configs import find_family, read_config
 from minillm.models.io import build_described
 from minillm.recipes.kernels import describe_ops
-from minillm.recipes.locate import WEIGHTS, find_tokenizer, holds_tokenizer, locate, quote
+from minillm.recipes.locate import WEIGHTS, find_tokenizer, holds_tokenizer, locate, quote, recorded_base
 from minillm.recipes.model_info import InfoConfig, describe_card, describe_costs, list_cards, parts_table
 from minillm.recipes.under import read_under
+from minillm.shipped import find_shipped
 from minillm.tokenizers import load_tokenizer
 from minillm.training import Records, list_checkpoints
 from minillm.training.run_folder import environment
@@ -37,7 +38,7 @@ def info(what: str | None = None, config: InfoConfig = DEFAULTS) -> str:
         return list_cards()
     if what.lower() in CARDS:
         return describe_card(find_card(what), config)
-    if Path(what).name == what and not Path(what).exists():  # a name, not a path
+    if Path(what).name == what and not find_shipped(what).exists():  # a name, not a path
         try:
             find_card(what)
         except ValueError as error:
@@ -53,7 +54,7 @@ def describe_machine() -> str:
 
 def describe_folder(path: str, config: InfoConfig = DEFAULTS) -> str:
     """Config, sizes, tokenizer and last measurements of a run, model, adapter or tokenizer folder."""
-    folder = Path(path)
+    folder = find_shipped(path)
     parts = [_run(folder)] if (folder / "environment.json").is_file() else []
     if is_hub_folder(folder):
         parts.append(_hub_model(folder, config))
@@ -151,7 +152,7 @@ def _adapter(folder: Path) -> str:
     facts += [("weights", f"{os.path.getsize(folder / 'adapter_model.safetensors'):,} bytes"), ("base", base)]
     if under := read_under(folder):
         facts.append(("stands on", ", ".join(f"{place.name} ({_method(place)})" for place in under)))
-    if not (base and (folder / base).is_dir()):
+    if not (base and recorded_base(folder, base).is_dir()):
         facts += [("base found", "no: give base=FOLDER to minillm generate")]
     return _section(f"adapter {folder}", facts)
 

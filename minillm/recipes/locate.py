@@ -16,6 +16,7 @@ from minillm.models import load as load_any
 from minillm.peft import Report, load_adapter
 from minillm.recipes.head import put_new_head, read_head
 from minillm.recipes.under import put_under, read_under
+from minillm.shipped import find_shipped, models_folder, near_shipped, shipped_models, shipped_name
 from minillm.tokenizers import Tokenizer, check_same, load_tokenizer
 from minillm.tokenizers.folder import BPE, FILES, WORDPIECE
 
@@ -26,8 +27,8 @@ def quote(path: str | Path) -> str:
 
 
 def relative_to(folder: Path, start: Path) -> str:
-    """Where `folder` is, seen from `start`: so both can be moved together."""
-    return os.path.relpath(folder.resolve(), start.resolve())
+    """Where `folder` is, seen from `start`: so both can be moved together. A shipped model is known by its name."""
+    return shipped_name(folder) or os.path.relpath(folder.resolve(), start.resolve())
 
 
 class Located(NamedTuple):
@@ -55,8 +56,11 @@ WEIGHTS = (  # as we and transformers call them
 
 
 def locate(path: str | Path) -> Located:
-    """The model or adapter of a run folder, model folder or adapter folder; ValueError says what is there instead."""
-    path = Path(path)
+    """The model or adapter of a run, model or adapter folder, or of a name that minillm ships.
+
+    ValueError says what is there instead.
+    """
+    path = find_shipped(path)
     for folder in (path, path / "model", path / "adapter"):
         if (folder / "optimizer.pt").is_file():
             raise ValueError(
@@ -76,7 +80,7 @@ def _what_is_there(path: Path) -> str:
     if not path.is_dir():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         guess = f"; did you mean {nearest(path.name, sorted(siblings)[:50])}?" if siblings else ""
-        return f"{path} does not exist (working folder: {Path.cwd()}){guess}"
+        return f"{path} does not exist (working folder: {Path.cwd()}){guess}{near_shipped(path)}"
     if (path / "config.json").is_file() and (path / "environment.json").is_file():
         recipe = read_json(path / "config.json").get("recipe", "pretrain")
         if recipe == "tokenizer":
@@ -96,7 +100,7 @@ def holds_tokenizer(folder: Path) -> bool:
 
 def find_tokenizer(path: str | Path) -> Path:
     """The folder of the tokenizer that belongs to a run, model, adapter or tokenizer folder."""
-    path = Path(path)
+    path = find_shipped(path)
     for folder in (path, path / "tokenizer", path / "model"):
         if holds_tokenizer(folder):
             return folder
@@ -112,7 +116,7 @@ def find_base(adapter: Path, base: str = "") -> Path:
     recorded = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not (base or recorded):
         raise ValueError(f"the adapter in {adapter} does not say what its base is: give base=FOLDER")
-    place = Path(base) if base else Path(os.path.normpath(adapter / recorded))
+    place = Path(base) if base else recorded_base(adapter, recorded)
     try:
         found = locate(place)
     except ValueError as error:
@@ -121,6 +125,12 @@ def find_base(adapter: Path, base: str = "") -> Path:
     if found.kind != "model":
         raise ValueError(f"the base of the adapter in {adapter} must be a model, but {place} is an adapter itself")
     return found.folder
+
+
+def recorded_base(adapter: Path, recorded: str) -> Path:
+    """What an adapter's config says of its base: a place seen from the adapter's folder, or a shipped model's name."""
+    beside = Path(os.path.normpath(adapter / recorded))
+    return models_folder() / recorded if not beside.is_dir() and recorded in shipped_models() else beside
 
 
 def load(path: str | Path, *, base: str = "", device: torch.device | str = "cpu", writes: bool = True) -> Loaded:

@@ -1,6 +1,6 @@
 """A token file as rows of a batch: packed, documents end to end, or padded, one document each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +11,7 @@ from minillm.data import PackedLoader, PaddedLoader, TokenFile, sequential_batch
 from minillm.data.loader import Loader
 from minillm.evaluation import language_model_loss
 from minillm.recipes.common import DataConfig, say
-from minillm.training import Evaluate, world
+from minillm.training import Evaluate, causal_lm_loss, world
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Rows:
     file: TokenFile
     data: DataConfig
     padded: bool = False
+    loss_fn: Callable = causal_lm_loss
 
     def loader(self) -> Loader:
         """Endless batches for this process, shuffled by the config's seed."""
@@ -41,12 +42,13 @@ class Rows:
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Loss, perplexity and tokens over the whole text; bits per byte where no document loses its end."""
         whole = not self.padded or int(np.max(self.file.ends - self.file.starts)) - 1 <= self.data.length
-        return language_model_loss(model, self.batches(), num_bytes=self.file.meta.counted_bytes if whole else None)
+        size = self.file.meta.counted_bytes if whole else None
+        return language_model_loss(model, self.batches(), num_bytes=size, loss_fn=self.loss_fn)
 
     def evaluation(self) -> Evaluate:
         """The callback that measures the first `eval_batches` batches during training."""
         some = self.data.eval_batches or None
-        return Evaluate(lambda model: language_model_loss(model, islice(self.batches(), some)))
+        return Evaluate(lambda model: language_model_loss(model, islice(self.batches(), some), loss_fn=self.loss_fn))
 
 
 def padded(file: TokenFile, config: DataConfig) -> bool:

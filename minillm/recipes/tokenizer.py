@@ -23,15 +23,17 @@ class TokenizerConfig:
     kind: Literal["bpe", "unigram", "bytes", "characters"] = "bpe"
     vocab_size: int | None = None  # of bpe and unigram, byte and special tokens included; none: 4096
     character_coverage: float = 0.9995  # of bpe and unigram: share of the characters with pieces, the rest is bytes
+    special_symbols: tuple[str, ...] = ()  # further tokens that no text becomes; pretrain adds those it needs itself
     folder: str = ""  # use the tokenizer saved there (also that of a run or model) instead of making one
 
     def __post_init__(self):
         learned = {"vocab_size": None, "character_coverage": TokenizerConfig.character_coverage}
         unused = [name for name, default in learned.items() if getattr(self, name) != default]
         wrong = []
-        if self.folder and (unused or self.kind != TokenizerConfig.kind):
-            names = unused + ["kind"] * (self.kind != TokenizerConfig.kind)
-            wrong.append(f"folder={self.folder} uses a tokenizer as it is: leave {', '.join(names)} out")
+        asked = unused + ["kind"] * (self.kind != TokenizerConfig.kind)
+        asked += ["special_symbols"] * bool(self.special_symbols)
+        if self.folder and asked:
+            wrong.append(f"folder={self.folder} uses a tokenizer as it is: leave {', '.join(asked)} out")
         elif unused and self.kind in ("bytes", "characters"):
             wrong.append(f"kind={self.kind} has no {' and no '.join(unused)}: leave it out, or choose bpe or unigram")
         if not 0 < self.character_coverage <= 1:
@@ -49,18 +51,24 @@ class TokenizerRunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
-def make_tokenizer(config: TokenizerConfig, documents: Sequence[Document]) -> Tokenizer:
-    """Load or learn the tokenizer that `config` asks for; ValueError if the documents do not support it."""
+def make_tokenizer(config: TokenizerConfig, documents: Sequence[Document], needed: Sequence[str] = ()) -> Tokenizer:
+    """Load or learn the tokenizer that `config` asks for; ValueError if the documents do not support it.
+
+    A new one gets the special tokens that `config` names and those `needed`; a saved one stays as it is.
+    """
     if config.folder:
         return load_tokenizer(find_tokenizer(config.folder))
     texts = [document.full_text for document in documents]
+    symbols = tuple(dict.fromkeys((*config.special_symbols, *needed)))
     try:
         if config.kind == "bytes":
-            return ByteTokenizer()
+            return ByteTokenizer(symbols)
         if config.kind == "characters":
-            return CharTokenizer.train(texts)
+            return CharTokenizer.train(texts, symbols)
         size = VOCAB_SIZE if config.vocab_size is None else config.vocab_size
-        return SentencePieceTokenizer.train(texts, size, config.kind, character_coverage=config.character_coverage)
+        return SentencePieceTokenizer.train(
+            texts, size, config.kind, special_symbols=symbols, character_coverage=config.character_coverage
+        )
     except ValueError as error:
         raise ValueError(
             f"tokenizer.{error}" if str(error).startswith("vocab_size") else f"tokenizer: {error}"

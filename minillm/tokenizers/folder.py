@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.files import read_json
+from minillm.shipped import find_shipped, near_shipped
 from minillm.tokenizers.base import FORMAT_VERSION, Tokenizer, fingerprint_of
 from minillm.tokenizers.hub_folder import HubFolder
 from minillm.tokenizers.hub_json import LIBRARY_FILE, JsonTokenizer, load_json_tokenizer, read_tokenizer_json
@@ -24,11 +25,13 @@ from minillm.tokenizers.subword import MODEL_FILE, SentencePieceTokenizer
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer in `folder`: one that `Tokenizer.save` wrote, or the one of a Hugging Face model folder.
 
+    `folder` may also be the name of a model that minillm ships.
+
     Of the latter, tokenizer.json is read with the `tokenizers` library; a sentencepiece file (without the library also
     where there is a tokenizer.json), and the old vocab.txt or vocab.json with merges.txt, where that is all there is.
     ValueError when a file is missing, damaged, or of a kind or version not known here. Nothing in a folder is executed.
     """
-    folder = Path(folder)
+    folder = find_shipped(folder)
     path = folder / "tokenizer.json"
     model = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path.is_file():
@@ -46,7 +49,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     beside = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else "no such folder"
     raise ValueError(
         f"{path} does not exist, nor another file to make a tokenizer of ({', '.join((*FILES, *WORDPIECE))}, "
-        f"{' with '.join(BPE)}); its folder holds: {beside}"
+        f"{' with '.join(BPE)}); its folder holds: {beside}{near_shipped(folder)}"
     )
 
 

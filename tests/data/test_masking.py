@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -327,6 +328,20 @@ def test_packed_rows_are_the_corpus_in_windows(corpus):
     assert [i for b in batches for i in original(b)[b["mask"]].tolist()] == stream
     assert all(b["tokens"].shape == (1, 20) for b in batches[:-1])
     assert not any((b["labels"] == BYTES.eos_id).any() for b in batches)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_pass_is_every_row_once_and_always_alike(corpus, packed):
+    loader = make(corpus, packed=packed)
+    before = [batch["labels"] for batch in loader.one_pass(7)]
+    assert [len(labels) for labels in before] == [7] * (len(loader.begins) // 7) + [len(loader.begins) % 7]
+    take(loader, 30)  # into another epoch
+    after = list(loader.one_pass(7))
+    assert all(torch.equal(labels, batch["labels"]) for labels, batch in zip(before, after, strict=True))
+    texts = [torch.where(batch["labels"] == -100, batch["tokens"], batch["labels"])[batch["mask"]] for batch in after]
+    ends = corpus.ends - (0 if packed else 1)  # alone, a document is without its end of text
+    whole = np.concatenate([corpus.tokens[start:end] for start, end in zip(corpus.starts, ends, strict=True)])
+    assert torch.cat(texts).tolist() == whole.tolist()
 
 
 def test_masks_are_drawn_anew_in_every_epoch(corpus):

@@ -67,7 +67,7 @@ def test_help_lists_every_key_with_its_default_and_comment(capsys):
         (["tokenizer", "tran"], "minillm tokenizer has no 'tran'; did you mean tokenizer train"),
         (["fly"], "minillm has no command 'fly'; did you mean one of demo, tokenizer, pretrain"),
         (["demo", "stepz=3"], "DemoConfig has no 'stepz'"),
-        (["pretrain", "qqqqq=3"], "PretrainConfig has no 'qqqqq'; did you mean one of run, seed, data, data.train, "),
+        (["pretrain", "qqqqq=3"], "PretrainConfig has no 'qqqqq'; did you mean one of run, seed, objective, "),
         (["pretrain", "qqqqq=3"], " more?\n(minillm COMMAND --help lists all keys)"),
         (["demo", "pretrain.eval_every=3"], "pretrain.eval_every has no effect: the demo measures when a training is"),
         (["demo", "seed=-1"], "seed=-1: a whole number from 0"),

@@ -70,3 +70,20 @@ def cli(capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def held_out():
+    """`held_out(run)` -> (held-out rows of a run of pretrain, its tokenizer, its model)."""
+    import minillm
+    from minillm.data import TokenFile
+    from minillm.recipes.common import saved_config
+    from minillm.recipes.pretrain import PretrainConfig, text_rows
+    from minillm.tokenizers import load_tokenizer
+
+    def open_run(run: Path):
+        config, tokenizer = saved_config(PretrainConfig, run, "pretrain"), load_tokenizer(run / "model")
+        files = [TokenFile.open(run / "data" / side) for side in ("train", "held_out")]
+        return text_rows(config, tokenizer, files)[1], tokenizer, minillm.load(run / "model")
+
+    return open_run
