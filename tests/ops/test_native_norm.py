@@ -83,3 +83,15 @@ def test_training_is_left_to_torch_and_said():
             assert ops.rms_norm.runs_natively(x, weight, 1e-6)
         ops.rms_norm(x, weight, 1e-6)
         assert "training" in ops.info()["rms_norm"]["torch"]
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_compiling_gives_the_same(differentiable):
+    x, weight = torch.randn(2, 3, 20, requires_grad=differentiable), torch.randn(20)
+    with ops.use_backend("native"):
+        expected = ops.rms_norm(x, weight, 1e-6)
+        y = torch.compile(ops.rms_norm, backend="aot_eager", fullgraph=True)(x, weight, 1e-6)
+    assert torch.equal(y, expected)
+    if differentiable:
+        ours, theirs = (torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected))
+        torch.testing.assert_close(ours, theirs)
