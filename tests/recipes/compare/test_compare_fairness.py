@@ -63,7 +63,7 @@ def test_rates_are_chosen_without_a_look_at_test(config, task, no_costs, monkeyp
     records = tuple(Text(record.text, 0) for record in poisoned["test"])
     for record in records:
         object.__setattr__(record, "label", Poison())
-    poisoned.splits["test"] = records
+    object.__setattr__(poisoned, "splits", {**poisoned.splits, "test": records})
     asked = []
     monkeypatch.setattr(Problem, "records", _noting(Problem.records, asked))
     folder = compare(config(run=str(fine.parent / "poisoned")), poisoned)
