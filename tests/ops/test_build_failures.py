@@ -1,5 +1,6 @@
 """A build that fails: one clear error with cause and remedy, and nothing half-built, whatever happens in between."""
 
+import functools
 import os
 import re
 import shutil
@@ -262,9 +263,10 @@ except KeyboardInterrupt:
 
 
 def start(sources: Path) -> subprocess.Popen:
-    """Another process that builds the cpu kernels."""
+    """Another process that builds the cpu kernels, and that Ctrl-C ends: a shell's background jobs ignore it."""
     command = [sys.executable, "-c", PROCESS, str(sources)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
 
 
 def wait_for(condition) -> None:
