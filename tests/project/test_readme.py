@@ -29,7 +29,7 @@ def test_its_commands_exist_with_their_keys(line):
         changed = override(default, assignments)
         assert changed != default
     else:
-        assert "folder" in command.arguments or name.startswith("kernels ")
+        assert {"folder", "name"} & set(command.arguments) or name.startswith("kernels ")
 
 
 def test_there_are_commands_to_check():
