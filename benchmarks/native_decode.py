@@ -19,12 +19,13 @@ from minillm.ops import use_backend
 from minillm.peft.quantized_linear import quantize
 
 PYTHON = "the kernels take a third of the time, the rest is Python between the small operations of a layer"
+BOTH = "with 16 rows the library multiplies on both sides, and runs of this benchmark differ by a tenth"
 SMALL = "not proved: of matrices this small little is read either way, and seven tensors of each go through Python"
 
 GOALS = [
     Goal("greedy decode on kernels, batch 1, tokens/s / transformers", ("batch 1", "speedup"), 2.0, True, PYTHON),
     Goal("greedy decode on kernels, batch 1, 4 key heads", ("batch 1, 4 kv heads", "speedup"), 2.0, True, PYTHON),
-    Goal("greedy decode on kernels, batch 16, tokens/s / transformers", ("batch 16", "speedup"), 1.1, at_least=True),
+    Goal("greedy decode on kernels, batch 16, tokens/s / transformers", ("batch 16", "speedup"), 1.1, True, BOTH),
     Goal("greedy decode of a base in NF4 on kernels, time / in float32", ("NF4", "time_ratio"), 1.0, note=SMALL),
 ]
 

@@ -39,7 +39,15 @@ def test_saves_and_exits(make_trainer, capfd, signum, code):
     assert again.metrics.path.read_bytes() == whole.metrics.path.read_bytes()
 
 
-def test_a_second_one_acts_as_before():
+@pytest.fixture
+def heeding():
+    """Ctrl-C interrupts, also where the tests run as a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_one_acts_as_before(heeding):
     with pytest.raises(KeyboardInterrupt), catch_signals() as caught:
         os.kill(os.getpid(), signal.SIGINT)
         assert caught.signum == signal.SIGINT
