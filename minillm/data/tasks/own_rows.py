@@ -134,11 +134,13 @@ def _choice(row: dict[str, Any], labels: Sequence[str]) -> Choice:
 
 def _question(row: dict[str, Any], labels: Sequence[str]) -> Question:
     context, answers = _string(row, "context"), items(row["answer"], whole=True)
-    starts = [int(start) for start in items(row["start"], whole=True)] if row.get("start") not in (None, "") else None
-    starts = [context.find(answer) for answer in answers] if starts is None else starts
-    wrong = len(starts) != len(answers) or any(s < 0 or context[s : s + len(a)] != a for s, a in zip(starts, answers))  # noqa: B905
-    if wrong:
-        raise ValueError("the answer does not stand in the context" + (" at start" if row.get("start") else ""))
+    if said := row.get("start") not in (None, ""):
+        starts = [int(start) if start.strip().isdecimal() else -1 for start in items(row["start"], whole=True)]
+    else:
+        starts = [context.find(answer) for answer in answers]
+    places = list(zip(starts, answers, strict=False))
+    if len(starts) != len(answers) or any(s < 0 or context[s : s + len(a)] != a for s, a in places):
+        raise ValueError("the answer does not stand in the context" + " at start" * said)
     return Question(_string(row, "question"), context, tuple(answers), tuple(starts))
 
 

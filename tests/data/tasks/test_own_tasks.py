@@ -166,6 +166,7 @@ def test_rows_that_do_not_fit_their_kind(tmp_path):
     refused(put(tmp_path / "b.jsonl", rows), "the answer does not stand in the context")
     rows = [{"question": "q", "context": "c", "answer": "c", "start": 5}]
     refused(put(tmp_path / "c.jsonl", rows), "the answer does not stand in the context at start")
+    refused(put(tmp_path / "c.jsonl", [{**rows[0], "start": "five"}]), "does not stand in the context at start")
     rows = [{"text": "t", "choices": ["a"], "label": 0}, {"text": "t", "choices": ["a", "b"], "label": 2}]
     refused(put(tmp_path / "d.jsonl", rows), "choices is no list of two texts or more", "none of the choices, nor")
     refused(put(tmp_path / "e.jsonl", [{"text": 5, "label": "a"}]), "text is a int, not a text")
